@@ -1,0 +1,42 @@
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include <lockstep/collectives/process_group.h>
+
+namespace lockstep {
+
+/// Sizes of the mesh axes, outermost first; 0 for data means "what is left".
+struct MeshShape {
+  int pipeline = 1;
+  int data = 0;
+  int context = 1;
+  int tensor = 1;
+};
+
+/// @throws ConfigError printing both sides, e.g. "dp 3 x tp 2 x pp 1 = 6, but world_size is 8; set --data_parallel_size=4".
+MeshShape resolve_mesh(MeshShape wanted, int world_size);
+
+/// The world cut along its axes, one group an axis. Ranks are laid out pipeline, data, context, tensor, the last fastest, so a
+/// tensor-parallel group sits on neighbours. Collective to build.
+class Mesh {
+ public:
+  Mesh(ProcessGroup& world, MeshShape shape);
+  ~Mesh();
+  const MeshShape& shape() const { return shape_; }
+  ProcessGroup& world() const { return *world_; }
+  ProcessGroup& data() const { return *data_; }
+  ProcessGroup& tensor() const { return *tensor_; }
+  ProcessGroup& context() const { return *context_; }
+  ProcessGroup& pipeline() const { return *pipeline_; }
+  std::string describe() const;  ///< "pp 1 x dp 4 x cp 1 x tp 1 over 4 ranks (mpi)"
+  void close();
+
+ private:
+  MeshShape shape_;
+  ProcessGroup* world_;
+  std::unique_ptr<ProcessGroup> pipeline_, data_, context_, tensor_;
+};
+
+}  // namespace lockstep

@@ -1,0 +1,43 @@
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include <lockstep/base/rank_info.h>
+#include <lockstep/collectives/process_group.h>
+
+namespace lockstep {
+
+struct RuntimeOptions {
+  std::string device = "auto";   ///< auto | cpu | cuda
+  std::string backend = "auto";  ///< auto | mpi | nccl (shm comes with issue 2)
+  Milliseconds collective_timeout = ProcessGroup::kDefaultTimeout;
+};
+
+/// What a rank has: its identity, its device and the world's group. Owns MPI; the only owner.
+class Runtime {
+ public:
+  Runtime(RankInfo info, at::Device device, std::unique_ptr<ProcessGroup> world);
+  ~Runtime();
+  const RankInfo& info() const { return info_; }
+  at::Device device() const { return device_; }
+  ProcessGroup& world() const { return *world_; }
+
+ private:
+  RankInfo info_;
+  at::Device device_;
+  std::unique_ptr<ProcessGroup> world_;
+};
+
+/// The body of every main(): starts MPI (or not, when alone), logging and the back end, runs `body`, and ends so that no rank dies
+/// alone: any exception logs one ERROR, aborts communicators and calls MPI_Abort with the error's exit code. Only the healthy path
+/// finalizes MPI. Installs SIGUSR1/SIGTERM handlers first thing (see stop_requested).
+/// Call after flags are parsed; a ConfigError thrown by `body` on every rank is logged once.
+/// @return the process's exit code.
+int run_rank(const RuntimeOptions& options, const std::function<int(Runtime&)>& body);
+
+/// True once SIGUSR1 or SIGTERM arrived. Async-signal-safe to set, cheap to read.
+bool stop_requested() noexcept;
+
+}  // namespace lockstep

@@ -1,0 +1,53 @@
+#pragma once
+
+#include <torch/nn/module.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <lockstep/data/dataset.h>
+#include <lockstep/optim/optimizer.h>
+
+namespace lockstep::train {
+
+/// A loss as a sum, so that it can be divided by the global count of a step (never a mean of means).
+struct LossSum {
+  at::Tensor sum;         ///< scalar, f32, with graph
+  at::Tensor correct;     ///< optional scalar: e.g. right answers, summed exactly into the accuracy
+};
+
+/// What a user writes: the model, the data, a loss. The Trainer owns all the rest.
+/// Threads: model-touching members are called from one thread per lane, each with its own instance of the model.
+class Task {
+ public:
+  virtual ~Task() = default;
+  virtual std::string name() const = 0;  ///< "gpt": run record, log lines
+
+  /// Builds one instance of the model. Called once a lane; instances then share parameter storage. Values are set by initialize().
+  virtual std::shared_ptr<torch::nn::Module> make_model() = 0;
+  /// Fills the parameters from `seed`, each from its own stream keyed by its name, so that no layout changes them.
+  virtual void initialize(torch::nn::Module& model, uint64_t seed) = 0;
+
+  virtual std::shared_ptr<const data::Dataset> training_data() = 0;
+  virtual std::shared_ptr<const data::Dataset> validation_data() { return nullptr; }
+
+  /// What a batch counts for in the loss's divisor: tokens, samples, boxes. Known before any forward.
+  virtual int64_t count(const data::Batch& batch) = 0;
+  /// Forward and loss of one micro-batch.
+  virtual LossSum loss(torch::nn::Module& model, const data::Batch& batch) = 0;
+
+  /// Whether weight decay applies. Default: tensors of two and more dims.
+  virtual bool decays(const std::string& name, const at::Tensor& parameter);
+  virtual std::unique_ptr<optim::Optimizer> make_optimizer();  ///< default AdamW with the options' weight decay
+  /// Flops of forward and backward for one counted unit (for mfu); 0: unknown.
+  virtual double flops_per_count() { return 0; }
+  virtual const char* count_unit() const { return "samples"; }  ///< "tokens"
+  /// After the last step, rank 0's model: print a sample, a confusion matrix.
+  virtual void finished(torch::nn::Module&) {}
+  /// Options of the task that decide the bits, as JSON text, for the run record and the config diff on resume.
+  virtual std::string config_json() const { return "{}"; }
+};
+
+}  // namespace lockstep::train
