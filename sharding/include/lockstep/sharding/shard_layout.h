@@ -18,10 +18,10 @@ struct Box {
 ///
 /// Gradient reduction, norm, optimizer, checkpoint, reshard and replica check all read this one declaration.
 struct ShardLayout {
-  std::string name;              ///< fully qualified, e.g. "blocks.3.attention.query.weight"
-  std::vector<int64_t> shape;    ///< global
-  std::string dtype;             ///< safetensors name: "F32", "BF16", ...
-  std::vector<Box> boxes;        ///< by rank of the world; equal boxes are replicas, an empty one (numel 0) holds nothing
+  std::string name;            ///< fully qualified, e.g. "blocks.3.attention.query.weight"
+  std::vector<int64_t> shape;  ///< global
+  std::string dtype;           ///< safetensors name: "F32", "BF16", ...
+  std::vector<Box> boxes;      ///< by rank of the world; equal boxes are replicas, an empty one (numel 0) holds nothing
 
   static ShardLayout replicated(std::string name, std::vector<int64_t> shape, std::string dtype, int world_size);
   /// Cut along `dim`, sizes differing by at most one, over `world_size` ranks.

@@ -20,7 +20,8 @@ enum class ExitCode : int {
   kNodeBad = 79,        ///< this node is bad
 };
 
-/// Base of all our errors: a message that says what, with numbers, where, and how to mend, plus the exit code it leads to.
+/// Base of all our errors: a message that says what, with numbers, where, and how to mend, plus the exit code it leads
+/// to.
 class Error : public std::runtime_error {
  public:
   Error(ExitCode code, const std::string& message) : std::runtime_error(message), code_(code) {}
@@ -110,7 +111,8 @@ Failure describe_current_exception();
 
 }  // namespace lockstep
 
-/// LOCKSTEP_CHECK(count > 0) << "bucket " << b << " is empty": throws CheckFailed with the condition's text, file and line.
+/// LOCKSTEP_CHECK(count > 0) << "bucket " << b << " is empty": throws CheckFailed with the condition's text, file and
+/// line.
 #define LOCKSTEP_CHECK(condition) \
   if (condition) {                \
   } else                          \

@@ -10,23 +10,26 @@
 
 namespace lockstep {
 
-/// What to do to one call: fail with `error_number` (0: do not fail), write only `short_bytes` first (torn), wait, or drop it silently.
+/// What to do to one call: fail with `error_number` (0: do not fail), write only `short_bytes` first (torn), wait, or
+/// drop it silently.
 struct Fault {
   int error_number = 0;
   int64_t short_bytes = -1;  ///< >= 0: that many bytes of a write reach the file before the error
   bool drop = false;         ///< report success and do nothing (a lost unsynced write)
 };
 
-/// An Fs that counts calls and lets a test fail the k-th. Wraps a real one; ships with the library because users test with it too.
+/// An Fs that counts calls and lets a test fail the k-th. Wraps a real one; ships with the library because users test
+/// with it too.
 class FaultFs : public Fs {
  public:
-  /// @param decide called before each operation with its kind ("open", "write", "read", "sync", "close", "rename", "mkdir",
+  /// @param decide called before each operation with its kind ("open", "write", "read", "sync", "close", "rename",
+  /// "mkdir",
   ///        "unlink", "allocate", "sync_directory", "list"), its path, and the number of calls of any kind so far.
   using Decide = std::function<Fault(const std::string& kind, const std::string& path, int64_t call)>;
   FaultFs(Fs& real, Decide decide);
   ~FaultFs() override;
 
-  int64_t calls() const;  ///< operations so far, the failed ones included
+  int64_t calls() const;                 ///< operations so far, the failed ones included
   std::vector<std::string> log() const;  ///< one line an operation: "kind path offset length"
 
   std::unique_ptr<File> create_exclusive(const std::string& path, int mode) override;

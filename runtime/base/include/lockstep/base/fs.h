@@ -27,15 +27,16 @@ class File {
 class Fs {
  public:
   virtual ~Fs() = default;
-  virtual std::unique_ptr<File> create_exclusive(const std::string& path, int mode = 0600) = 0;  ///< O_EXCL | O_NOFOLLOW
+  virtual std::unique_ptr<File> create_exclusive(const std::string& path,
+                                                 int mode = 0600) = 0;   ///< O_EXCL | O_NOFOLLOW
   virtual std::unique_ptr<File> open_read(const std::string& path) = 0;  ///< regular files only, O_NOFOLLOW
   virtual std::unique_ptr<File> open_append(const std::string& path, int mode = 0600) = 0;
   virtual void make_directory(const std::string& path, int mode = 0700) = 0;  ///< EEXIST is an error
   virtual void sync_directory(const std::string& path) = 0;
   /// Renames without replacing: fails with EEXIST when `to` is there (renameat2, or link + unlink where it lacks).
   virtual void rename_exclusive(const std::string& from, const std::string& to) = 0;
-  virtual void remove_file(const std::string& path) = 0;       ///< ENOENT is not an error
-  virtual void remove_directory(const std::string& path) = 0;  ///< empty ones only
+  virtual void remove_file(const std::string& path) = 0;                         ///< ENOENT is not an error
+  virtual void remove_directory(const std::string& path) = 0;                    ///< empty ones only
   virtual std::vector<std::string> list_directory(const std::string& path) = 0;  ///< names, sorted, without . and ..
   virtual bool exists(const std::string& path) = 0;
 };
@@ -46,6 +47,7 @@ Fs& real_fs();
 /// Conveniences over any Fs.
 void make_directories(Fs& fs, const std::string& path, int mode = 0700);  ///< like mkdir -p, each new parent fsynced
 std::string read_text(Fs& fs, const std::string& path, uint64_t limit_bytes);  ///< @throws CorruptData over the limit
-void write_durable(Fs& fs, const std::string& path, const std::string& text, int mode = 0600);  ///< new file, fsynced; its folder too
+void write_durable(Fs& fs, const std::string& path, const std::string& text,
+                   int mode = 0600);  ///< new file, fsynced; its folder too
 
 }  // namespace lockstep

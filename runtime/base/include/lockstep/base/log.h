@@ -1,15 +1,16 @@
 #pragma once
 
-/// The one logging header. c10 is told by C10_USE_GLOG, defined on every target, to use glog's macros too, so that a LOG after a
-/// torch header still arrives (facts: both libraries define LOG, CHECK and VLOG). glog's upstream is archived: a successor with the
-/// same API (ng-log) would be a change of this line alone.
-#include <glog/logging.h>
-
+/// The one logging header. c10 is told by C10_USE_GLOG, defined on every target, to use glog's macros too, so that a
+/// LOG after a torch header still arrives (facts: both libraries define LOG, CHECK and VLOG). glog's upstream is
+/// archived: a successor with the same API (ng-log) would be a change of this line alone.
 #include <string>
+
+#include <glog/logging.h>
 
 namespace lockstep {
 
-/// Starts logging to stderr, each line tagged "[rank r/w]"; with `log_dir` also to one 0600 file a rank. Once, from main.
+/// Starts logging to stderr, each line tagged "[rank r/w]"; with `log_dir` also to one 0600 file a rank. Once, from
+/// main.
 void start_logging(const char* program, int rank, int world_size, const std::string& log_dir = "");
 
 }  // namespace lockstep

@@ -21,10 +21,12 @@ using Environment = std::function<std::optional<std::string>(const char* name)>;
 Environment process_environment();
 
 /// Reads LOCKSTEP_*, Open MPI, PMIx, Slurm and torchrun variables, in that order of trust.
-/// @throws ConfigError a variable that is no number, out of range, or two that contradict each other; the message names them.
+/// @throws ConfigError a variable that is no number, out of range, or two that contradict each other; the message names
+/// them.
 RankInfo rank_info_from_environment(const Environment& environment);
 
-/// @throws ConfigError when the environment announces more ranks than MPI sees: N lonely runs would train N times the same thing.
+/// @throws ConfigError when the environment announces more ranks than MPI sees: N lonely runs would train N times the
+/// same thing.
 void check_world(const RankInfo& announced, int mpi_rank, int mpi_world_size);
 
 }  // namespace lockstep

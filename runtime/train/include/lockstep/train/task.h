@@ -1,11 +1,11 @@
 #pragma once
 
-#include <torch/nn/module.h>
-
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
+
+#include <torch/nn/module.h>
 
 #include <lockstep/data/dataset.h>
 #include <lockstep/optim/optimizer.h>
@@ -14,8 +14,8 @@ namespace lockstep::train {
 
 /// A loss as a sum, so that it can be divided by the global count of a step (never a mean of means).
 struct LossSum {
-  at::Tensor sum;         ///< scalar, f32, with graph
-  at::Tensor correct;     ///< optional scalar: e.g. right answers, summed exactly into the accuracy
+  at::Tensor sum;      ///< scalar, f32, with graph
+  at::Tensor correct;  ///< optional scalar: e.g. right answers, summed exactly into the accuracy
 };
 
 /// What a user writes: the model, the data, a loss. The Trainer owns all the rest.
@@ -25,7 +25,8 @@ class Task {
   virtual ~Task() = default;
   virtual std::string name() const = 0;  ///< "gpt": run record, log lines
 
-  /// Builds one instance of the model. Called once a lane; instances then share parameter storage. Values are set by initialize().
+  /// Builds one instance of the model. Called once a lane; instances then share parameter storage. Values are set by
+  /// initialize().
   virtual std::shared_ptr<torch::nn::Module> make_model() = 0;
   /// Fills the parameters from `seed`, each from its own stream keyed by its name, so that no layout changes them.
   virtual void initialize(torch::nn::Module& model, uint64_t seed) = 0;
@@ -40,7 +41,7 @@ class Task {
 
   /// Whether weight decay applies. Default: tensors of two and more dims.
   virtual bool decays(const std::string& name, const at::Tensor& parameter);
-  virtual std::unique_ptr<optim::Optimizer> make_optimizer();  ///< default AdamW with the options' weight decay
+  virtual std::unique_ptr<optim::Optimizer> make_optimizer(double weight_decay);  ///< default AdamW
   /// Flops of forward and backward for one counted unit (for mfu); 0: unknown.
   virtual double flops_per_count() { return 0; }
   virtual const char* count_unit() const { return "samples"; }  ///< "tokens"

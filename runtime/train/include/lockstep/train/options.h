@@ -1,0 +1,62 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include <lockstep/collectives/mesh.h>
+#include <lockstep/collectives/runtime.h>
+#include <lockstep/optim/schedule.h>
+
+namespace lockstep::train {
+
+/// What a run is, apart from its task. Filled from the flags of the same names (flags.h), or by hand.
+struct Options {
+  // run
+  std::string run_dir = "run";
+  int64_t steps = 1000;
+  uint64_t seed = 1;
+  RuntimeOptions runtime;
+  int threads_per_rank = 1;  ///< intra-op threads of a micro-batch: part of the arithmetic, so fixed for a run
+  int parallel_micro_batches =
+      0;  ///< micro-batches a rank runs at once, one thread each; 0: spare cores. Bits do not depend on it
+
+  // batch, in samples
+  int64_t global_batch_size = 32;
+  int64_t micro_batch_size = 0;  ///< 0: an eighth of the global batch, so that runs on 1, 2, 4 and 8 ranks share bits
+
+  // layout
+  MeshShape mesh;
+  int64_t bucket_bytes = 25 << 20;
+  std::string precision = "fp32";     ///< fp32 | bf16 (autocast over f32 parameters)
+  std::string reduction = "ordered";  ///< ordered | fast
+
+  // optimizer
+  optim::ScheduleOptions schedule;  ///< total_steps is `steps`
+  double weight_decay = 0.1;
+  double clip_norm = 1.0;  ///< <= 0: off
+
+  // checkpoint
+  int64_t checkpoint_interval_steps = 500;  ///< <= 0: only the last step
+  int64_t keep_checkpoints = 3;
+  std::string resume = "auto";  ///< auto | never | PATH
+  std::string init_from;        ///< weights only, step 0
+  std::vector<std::string> accept_config_change;
+  bool take_over = false;
+
+  // watch
+  int64_t eval_interval_steps = 250;  ///< <= 0: only after the last step
+  int64_t eval_samples = -1;          ///< -1: the whole validation split
+  int64_t log_interval_steps = 10;
+
+  int64_t num_leaves() const { return global_batch_size / micro_batch_size; }
+};
+
+/// Fills what is derived and checks what can be checked before any work.
+/// @throws ConfigError printing both sides of a sum that does not work out, with the mend.
+Options resolve(Options options, int world_size);
+
+/// The options that decide the bits of a run, as a JSON object: compared on resume.
+std::string config_json(const Options& options, const std::string& task_config_json);
+
+}  // namespace lockstep::train

@@ -1,0 +1,226 @@
+#include <algorithm>
+#include <fstream>
+#include <iostream>
+#include <numeric>
+#include <sstream>
+
+#include <gflags/gflags.h>
+
+#include <lockstep/base/error.h>
+#include <lockstep/train/flags.h>
+
+DEFINE_string(run_dir, "run", "folder of this run: checkpoints, metrics, logs; created, mode 0700");
+DEFINE_int64(steps, 1000, "optimizer updates in all, resumed ones included");
+DEFINE_uint64(seed, 1, "seed of weights, data order and dropout");
+DEFINE_string(device, "auto", "auto | cpu | cuda");
+DEFINE_string(backend, "auto", "auto | mpi | nccl; auto is nccl on GPUs and mpi on CPUs");
+DEFINE_int32(threads_per_rank, 1,
+             "threads inside one micro-batch's operators; part of the arithmetic, so fixed for a run");
+DEFINE_int32(
+    parallel_micro_batches, 0,
+    "micro-batches a rank computes at once, --threads_per_rank threads each; 0: as cores allow. Does not change bits");
+DEFINE_string(train_data, "", "training files, a path or glob");
+DEFINE_string(validation_data, "", "validation files, a path or glob; empty: none");
+DEFINE_int64(global_batch_size, 32, "samples an update, over all ranks");
+DEFINE_int64(micro_batch_size, 0,
+             "samples a forward and backward; 0: an eighth of the global batch. Part of the arithmetic");
+DEFINE_int32(data_parallel_size, 0, "replicas; 0: all ranks");
+DEFINE_int64(bucket_bytes, 25 << 20, "gradients sent together, in bytes; does not change bits");
+DEFINE_string(precision, "fp32", "fp32 | bf16 (autocast; parameters and sums stay fp32)");
+DEFINE_string(reduction, "ordered", "ordered (same bits on any number of ranks) | fast (the back end's own order)");
+DEFINE_double(learning_rate, 1e-3, "peak learning rate");
+DEFINE_int64(warmup_steps, 0, "steps of linear warm-up");
+DEFINE_string(learning_rate_schedule, "cosine", "constant | cosine | linear | wsd");
+DEFINE_double(final_learning_rate_fraction, 0.1, "last step's rate as a fraction of the peak");
+DEFINE_double(decay_fraction, 0.2, "wsd: share of the steps that decays, at the end");
+DEFINE_double(weight_decay, 0.1, "decoupled weight decay of matrices");
+DEFINE_double(clip_norm, 1.0, "limit of the global gradient norm; 0: off");
+DEFINE_int64(checkpoint_interval_steps, 500, "steps between checkpoints; 0: only after the last step");
+DEFINE_int64(keep_checkpoints, 3, "checkpoints kept, at least 2");
+DEFINE_string(resume, "auto", "auto: newest good checkpoint of --run_dir; never: start over; or a checkpoint's path");
+DEFINE_string(init_from, "", "checkpoint to take weights from, at step 0");
+DEFINE_string(accept_config_change, "", "comma-separated configuration keys that may differ from the checkpoint's");
+DEFINE_bool(take_over, false, "take the run directory from a start that still looks alive");
+DEFINE_int64(eval_interval_steps, 250, "steps between evaluations; 0: only after the last step");
+DEFINE_int64(eval_samples, -1, "validation samples an evaluation; -1: all");
+DEFINE_int64(log_interval_steps, 10, "steps between lines where stderr is no terminal");
+DEFINE_double(collective_timeout_s, 300, "seconds a collective may take before the run gives up");
+
+namespace lockstep::train {
+namespace {
+
+using gflags::CommandLineFlagInfo;
+
+int edit_distance(const std::string& a, const std::string& b) {
+  std::vector<int> row(b.size() + 1);
+  std::iota(row.begin(), row.end(), 0);
+  for (size_t i = 0; i < a.size(); ++i) {
+    int diagonal = std::exchange(row[0], static_cast<int>(i) + 1);
+    for (size_t j = 0; j < b.size(); ++j) {
+      const int change = diagonal + (a[i] != b[j]);
+      diagonal = row[j + 1];
+      row[j + 1] = std::min({row[j + 1] + 1, row[j] + 1, change});
+    }
+  }
+  return row.back();
+}
+
+// gflags' own flags that would not do here what their help says, and glog's that start_logging() sets.
+bool is_hidden(const CommandLineFlagInfo& flag) { return flag.filename.find("gflags") != std::string::npos; }
+
+[[noreturn]] void refuse_unknown(const std::string& name) {
+  std::vector<CommandLineFlagInfo> flags;
+  gflags::GetAllFlags(&flags);
+  std::string nearest;
+  int best = 4;  // further away is no likely slip
+  for (const auto& flag : flags) {
+    const int distance = edit_distance(name, flag.name);
+    if (!is_hidden(flag) && distance < best) best = distance, nearest = flag.name;
+  }
+  throw ConfigError("unknown flag --" + name +
+                    (nearest.empty() ? ". Mend: see --help" : ". Mend: did you mean --" + nearest + "?"));
+}
+
+void print_flag(const CommandLineFlagInfo& flag) {
+  std::cout << "  --" << flag.name << "=" << flag.default_value << "\n      " << flag.description << "\n";
+}
+
+void print_help(const char* program, const char* usage, const char* own_file) {
+  std::vector<CommandLineFlagInfo> flags;
+  gflags::GetAllFlags(&flags);
+  std::cout << program << ": " << usage << "\n\nFlags of this program (a flag file sets several: --flagfile=F)\n";
+  for (const auto& flag : flags) {
+    if (flag.filename == own_file) print_flag(flag);
+  }
+  std::cout << "\nFlags of every training program\n";
+  for (const auto& flag : flags) {
+    if (flag.filename == __FILE__) print_flag(flag);
+  }
+}
+
+void set_flag(const std::string& name, const std::string& value) {
+  if (gflags::SetCommandLineOption(name.c_str(), value.c_str()).empty()) {
+    CommandLineFlagInfo flag = gflags::GetCommandLineFlagInfoOrDie(name.c_str());
+    throw ConfigError("--" + name + "=" + value + " is not a valid " + flag.type + ": " + flag.description);
+  }
+}
+
+void parse_words(const std::vector<std::string>& words, const std::string& where, int depth);
+
+void parse_flagfile(const std::string& path, int depth) {
+  if (depth > 4) throw ConfigError("--flagfile=" + path + " is nested deeper than 4 files");
+  std::ifstream file(path);
+  if (!file) throw ConfigError("--flagfile=" + path + " cannot be read. Mend: check the path");
+  std::vector<std::string> words;
+  for (std::string line; std::getline(file, line);) {
+    line.erase(0, line.find_first_not_of(" \t\r"));
+    line.erase(line.find_last_not_of(" \t\r") + 1);
+    if (!line.empty() && line[0] != '#') words.push_back(line);
+  }
+  parse_words(words, path, depth);
+}
+
+void parse_words(const std::vector<std::string>& words, const std::string& where, int depth) {
+  for (size_t i = 0; i < words.size(); ++i) {
+    const std::string& word = words[i];
+    const size_t dashes = word.find_first_not_of('-');
+    if (dashes == 0 || dashes == std::string::npos || dashes > 2) {
+      throw ConfigError("leftover word '" + word + "' in " + where + ": flags are --name=value. Mend: see --help");
+    }
+    const size_t equals = word.find('=');
+    std::string name = word.substr(dashes, equals == std::string::npos ? std::string::npos : equals - dashes);
+    std::replace(name.begin(), name.end(), '-', '_');
+    CommandLineFlagInfo flag;
+    const bool negated =
+        equals == std::string::npos && name.starts_with("no") && !gflags::GetCommandLineFlagInfo(name.c_str(), &flag);
+    if (negated) name = name.substr(2);
+    const bool known = gflags::GetCommandLineFlagInfo(name.c_str(), &flag);
+    if (name != "flagfile" && (!known || is_hidden(flag) || (negated && flag.type != "bool")))
+      refuse_unknown(word.substr(dashes, equals - dashes));
+    std::string value;
+    if (equals != std::string::npos) {
+      value = word.substr(equals + 1);
+    } else if (flag.type == "bool") {
+      value = negated ? "false" : "true";
+    } else if (i + 1 < words.size()) {
+      value = words[++i];
+    } else {
+      throw ConfigError("--" + name + " needs a value");
+    }
+    if (name == "flagfile") {
+      parse_flagfile(value, depth + 1);
+    } else {
+      set_flag(name, value);
+    }
+  }
+}
+
+std::vector<std::string> split(const std::string& text) {
+  std::vector<std::string> parts;
+  std::istringstream stream(text);
+  for (std::string part; std::getline(stream, part, ',');) parts.push_back(part);
+  return parts;
+}
+
+}  // namespace
+
+void parse_flags(int argc, char** argv, const char* usage, const char* own_file) {
+  const std::vector<std::string> words(argv + 1, argv + argc);
+  if (std::find(words.begin(), words.end(), "--help") != words.end()) {
+    print_help(argv[0], usage, own_file);
+    std::exit(0);
+  }
+  parse_words(words, "the command line", 0);
+}
+
+Options options_from_flags() {
+  Options options;
+  options.run_dir = FLAGS_run_dir;
+  options.steps = FLAGS_steps;
+  options.seed = FLAGS_seed;
+  options.runtime.device = FLAGS_device;
+  options.runtime.backend = FLAGS_backend;
+  options.runtime.collective_timeout = Milliseconds(static_cast<int64_t>(FLAGS_collective_timeout_s * 1000));
+  options.threads_per_rank = FLAGS_threads_per_rank;
+  options.parallel_micro_batches = FLAGS_parallel_micro_batches;
+  options.global_batch_size = FLAGS_global_batch_size;
+  options.micro_batch_size = FLAGS_micro_batch_size;
+  options.mesh.data = FLAGS_data_parallel_size;
+  options.bucket_bytes = FLAGS_bucket_bytes;
+  options.precision = FLAGS_precision;
+  options.reduction = FLAGS_reduction;
+  options.schedule = {.kind = FLAGS_learning_rate_schedule,
+                      .learning_rate = FLAGS_learning_rate,
+                      .final_fraction = FLAGS_final_learning_rate_fraction,
+                      .warmup_steps = FLAGS_warmup_steps,
+                      .total_steps = FLAGS_steps,
+                      .decay_fraction = FLAGS_decay_fraction};
+  options.weight_decay = FLAGS_weight_decay;
+  options.clip_norm = FLAGS_clip_norm;
+  options.checkpoint_interval_steps = FLAGS_checkpoint_interval_steps;
+  options.keep_checkpoints = FLAGS_keep_checkpoints;
+  options.resume = FLAGS_resume;
+  options.init_from = FLAGS_init_from;
+  options.accept_config_change = split(FLAGS_accept_config_change);
+  options.take_over = FLAGS_take_over;
+  options.eval_interval_steps = FLAGS_eval_interval_steps;
+  options.eval_samples = FLAGS_eval_samples;
+  options.log_interval_steps = FLAGS_log_interval_steps;
+  return options;
+}
+
+std::string resolved_flags() {
+  std::vector<CommandLineFlagInfo> flags;
+  gflags::GetAllFlags(&flags);
+  std::string text;
+  for (const auto& flag : flags) {
+    const bool is_glog = flag.filename.find("glog") != std::string::npos || flag.filename.starts_with("src/");
+    if (!is_hidden(flag) && (!is_glog || !flag.is_default)) text += "--" + flag.name + "=" + flag.current_value + "\n";
+  }
+  return text;
+}
+
+std::string train_data_flag() { return FLAGS_train_data; }
+std::string validation_data_flag() { return FLAGS_validation_data; }
+
+}  // namespace lockstep::train

@@ -1,0 +1,74 @@
+#include <algorithm>
+
+#include <nlohmann/json.hpp>
+
+#include <lockstep/base/error.h>
+#include <lockstep/train/options.h>
+
+namespace lockstep::train {
+namespace {
+
+void require(bool ok, const std::string& message) {
+  if (!ok) throw ConfigError(message);
+}
+
+std::string num(int64_t value) { return std::to_string(value); }
+
+}  // namespace
+
+Options resolve(Options options, int world_size) {
+  require(options.steps > 0, "--steps=" + num(options.steps) + " must be positive");
+  require(options.global_batch_size > 0, "--global_batch_size=" + num(options.global_batch_size) + " must be positive");
+  require(options.micro_batch_size >= 0,
+          "--micro_batch_size=" + num(options.micro_batch_size) + " must not be negative");
+  require(options.threads_per_rank > 0, "--threads_per_rank=" + num(options.threads_per_rank) + " must be positive");
+  require(options.keep_checkpoints >= 2,
+          "--keep_checkpoints=" + num(options.keep_checkpoints) + " must be at least 2: one to fall back to");
+  require(options.precision == "fp32" || options.precision == "bf16",
+          "--precision=" + options.precision + " is neither fp32 nor bf16");
+  require(options.reduction == "ordered" || options.reduction == "fast",
+          "--reduction=" + options.reduction + " is neither ordered nor fast");
+  require(!options.run_dir.empty(), "--run_dir is empty: name the folder this run lives in");
+  if (options.micro_batch_size == 0) {
+    options.micro_batch_size = std::max<int64_t>(1, options.global_batch_size / 8);
+    while (options.global_batch_size % options.micro_batch_size) --options.micro_batch_size;
+  }
+  require(options.global_batch_size % options.micro_batch_size == 0,
+          "--global_batch_size=" + num(options.global_batch_size) + " is no multiple of --micro_batch_size=" +
+              num(options.micro_batch_size) + ": micro-batches must have one shape. Mend: set --global_batch_size=" +
+              num((options.global_batch_size / options.micro_batch_size + 1) * options.micro_batch_size));
+  options.mesh = resolve_mesh(options.mesh, world_size);
+  require(options.num_leaves() >= options.mesh.data,
+          "global batch " + num(options.global_batch_size) + " = " + num(options.num_leaves()) + " micro-batches of " +
+              num(options.micro_batch_size) + ", too few for data-parallel size " + num(options.mesh.data) +
+              ". Mend: set --global_batch_size=" + num(options.mesh.data * options.micro_batch_size) +
+              " or a smaller --micro_batch_size");
+  options.schedule.total_steps = options.steps;
+  optim::learning_rate_at(options.schedule, 0);  // throws on what it does not know
+  return options;
+}
+
+std::string config_json(const Options& options, const std::string& task_config_json) {
+  const auto& schedule = options.schedule;
+  nlohmann::ordered_json json = {
+      {"steps", options.steps},
+      {"seed", options.seed},
+      {"threads_per_rank", options.threads_per_rank},
+      {"global_batch_size", options.global_batch_size},
+      {"micro_batch_size", options.micro_batch_size},
+      {"precision", options.precision},
+      {"reduction", options.reduction},
+      {"learning_rate_schedule", schedule.kind},
+      {"learning_rate", schedule.learning_rate},
+      {"final_learning_rate_fraction", schedule.final_fraction},
+      {"warmup_steps", schedule.warmup_steps},
+      {"decay_fraction", schedule.decay_fraction},
+      {"weight_decay", options.weight_decay},
+      {"clip_norm", options.clip_norm},
+  };
+  const auto task = nlohmann::ordered_json::parse(task_config_json);
+  for (const auto& [key, value] : task.items()) json["task." + key] = value;
+  return json.dump();
+}
+
+}  // namespace lockstep::train

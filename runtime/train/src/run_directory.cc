@@ -1,0 +1,59 @@
+#include "run_directory.h"
+
+#include <algorithm>
+
+#include <sys/stat.h>
+
+#include <nlohmann/json.hpp>
+
+#include <lockstep/base/error.h>
+
+namespace lockstep::train {
+
+void prepare_run_directory(Fs& fs, ProcessGroup& world, const std::string& run_dir) {
+  if (world.rank() == 0) {
+    try {
+      make_directories(fs, run_dir);
+      for (const char* part : {"/checkpoints", "/logs"}) {
+        if (!fs.exists(run_dir + part)) fs.make_directory(run_dir + part);
+      }
+      const std::string probe = run_dir + "/.writable";
+      fs.remove_file(probe);
+      fs.create_exclusive(probe, 0600)->close();
+      fs.remove_file(probe);
+    } catch (const IoError& error) {
+      throw ConfigError("--run_dir=" + run_dir + " cannot be written: " + error.what() +
+                        ". Mend: name a folder this user may create and write");
+    }
+    struct stat status {};
+    if (::stat(run_dir.c_str(), &status) == 0 && (status.st_mode & S_IWOTH) && !(status.st_mode & S_ISVTX)) {
+      throw ConfigError("--run_dir=" + run_dir + " can be written by every user. Mend: chmod o-w " + run_dir);
+    }
+  }
+  world.barrier();
+}
+
+void write_run_record(Fs& fs, const std::string& run_dir, const std::string& json) {
+  const std::string path = run_dir + "/run.json";
+  fs.remove_file(path);
+  write_durable(fs, path, json + "\n");
+}
+
+std::string config_difference(const std::string& was_json, const std::string& now_json,
+                              const std::vector<std::string>& accepted) {
+  const auto was = nlohmann::json::parse(was_json), now = nlohmann::json::parse(now_json);
+  std::string text;
+  const auto compare = [&](const std::string& key) {
+    const std::string before = was.contains(key) ? was[key].dump() : "not there",
+                      after = now.contains(key) ? now[key].dump() : "not there";
+    if (before == after || std::find(accepted.begin(), accepted.end(), key) != accepted.end()) return;
+    text += "\n  " + key + ": was " + before + ", now " + after;
+  };
+  for (const auto& [key, value] : now.items()) compare(key);
+  for (const auto& [key, value] : was.items()) {
+    if (!now.contains(key)) compare(key);
+  }
+  return text;
+}
+
+}  // namespace lockstep::train

@@ -1,0 +1,29 @@
+#include <iostream>
+
+#include <lockstep/base/error.h>
+#include <lockstep/base/log.h>
+#include <lockstep/train/flags.h>
+#include <lockstep/train/trainer.h>
+
+namespace lockstep::train {
+
+int run_training(int argc, char** argv, const char* usage, const char* own_file,
+                 const std::function<std::unique_ptr<Task>()>& make_task) {
+  Options options;
+  try {
+    parse_flags(argc, argv, usage, own_file);
+    options = options_from_flags();
+  } catch (const Error& error) {  // before MPI is up: every rank finds the same, one says it
+    if (rank_info_from_environment(process_environment()).rank == 0)
+      std::cerr << argv[0] << ": " << error.what() << "\n";
+    return static_cast<int>(error.exit_code());
+  }
+  return run_rank(options.runtime, [&](Runtime& runtime) {
+    if (runtime.world().rank() == 0) VLOG(1) << "flags:\n" << resolved_flags();
+    const auto task = make_task();
+    train(runtime.world(), runtime.device(), *task, options);
+    return 0;
+  });
+}
+
+}  // namespace lockstep::train

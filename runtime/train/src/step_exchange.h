@@ -1,0 +1,32 @@
+#pragma once
+
+#include <cstdint>
+
+#include <lockstep/base/exact_sum.h>
+#include <lockstep/collectives/process_group.h>
+
+namespace lockstep::train {
+
+/// What ranks tell each other once a step, in one message: everything a step needs to agree on.
+struct StepReport {
+  ExactSum squares;   ///< of this rank's pieces of the gradient
+  ExactSum loss;      ///< sums of its micro-batches' losses
+  ExactSum correct;   ///< right answers, where the task counts them
+  int64_t count = 0;  ///< what the micro-batches of its *next* step count for: known before their forward
+  int32_t has_correct = 0;
+  int32_t stop = 0;  ///< a signal asked for the end
+
+  void merge(const StepReport& other) {
+    squares.merge(other.squares);
+    loss.merge(other.loss);
+    correct.merge(other.correct);
+    count += other.count;
+    has_correct |= other.has_correct;
+    stop |= other.stop;
+  }
+};
+
+/// All ranks' reports merged: equal to the bit on every rank and for any number of ranks.
+StepReport exchange(ProcessGroup& group, const StepReport& mine);
+
+}  // namespace lockstep::train

@@ -1,0 +1,498 @@
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <limits>
+
+#include <unistd.h>
+
+#include <ATen/ops/full.h>
+#include <nlohmann/json.hpp>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/grad_mode.h>
+#include <torch/version.h>
+
+#include <lockstep/base/error.h>
+#include <lockstep/base/log.h>
+#include <lockstep/checkpoint/checkpoint.h>
+#include <lockstep/collectives/arithmetic.h>
+#include <lockstep/data/loader.h>
+#include <lockstep/metrics/run_log.h>
+#include <lockstep/nn/cpu_allocator.h>
+#include <lockstep/nn/dropout.h>
+#include <lockstep/nn/linear.h>
+#include <lockstep/nn/precision.h>
+#include <lockstep/sharding/gradient_reducer.h>
+#include <lockstep/train/trainer.h>
+
+#include "lanes.h"
+#include "run_directory.h"
+#include "step_exchange.h"
+
+namespace lockstep::train {
+namespace {
+
+constexpr int kMaxSkippedInARow = 3;
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+using Clock = std::chrono::steady_clock;
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+int64_t resident_bytes() {
+  long pages = 0, resident = 0;
+  if (FILE* file = std::fopen("/proc/self/statm", "re")) {
+    if (std::fscanf(file, "%ld %ld", &pages, &resident) != 2) resident = 0;
+    std::fclose(file);
+  }
+  return static_cast<int64_t>(resident) * sysconf(_SC_PAGESIZE);
+}
+
+// What rank 0 writes while the run goes on.
+struct Watch {
+  Watch(Fs& fs, const Options& options, int64_t resume_step)
+      : metrics(fs, options.run_dir + "/metrics.jsonl", resume_step),
+        board(options.run_dir, resume_step),
+        progress(options.steps, options.log_interval_steps) {}
+  metrics::MetricsFile metrics;
+  metrics::TensorBoardWriter board;
+  metrics::ProgressLine progress;
+};
+
+class Trainer {
+ public:
+  Trainer(ProcessGroup& world, at::Device device, Task& task, const Options& options, Fs& fs)
+      : options_(resolve(options, world.size())),
+        world_(world),
+        device_(device),
+        task_(task),
+        fs_(fs),
+        mesh_(world, options_.mesh),
+        lanes_(num_lanes(), [threads = options_.threads_per_rank] { configure_arithmetic(threads); }) {
+    build_model();
+    build_data();
+    open_run();
+  }
+
+  Result run();
+
+ private:
+  // Set-up, in this order: what can fail for a person's reasons comes before anything is written.
+  int num_lanes();
+  void build_model();
+  void build_data();
+  void open_run();
+  void resume();
+  std::vector<checkpoint::StateTensor> state();
+
+  // The step, top to bottom.
+  void step();
+  void compute_leaf(int lane, int64_t leaf, const data::Batch& batch, size_t slot);
+  void skip_step(const StepReport& report, double loss);
+  void update(double grad_norm, double learning_rate);
+  void report_step(double loss, double grad_norm, double learning_rate, double accuracy, double step_s);
+  int64_t prefetch();
+
+  void evaluate();
+  void save();
+  void stop_if_asked(bool asked);
+  data::Batch on_device(const data::Batch& batch) const;
+  bool is_chief() const { return world_.rank() == 0; }
+
+  Options options_;
+  ProcessGroup& world_;
+  at::Device device_;
+  Task& task_;
+  Fs& fs_;
+  Mesh mesh_;
+  LanePool lanes_;
+
+  std::vector<std::shared_ptr<torch::nn::Module>> models_;  // by lane; parameters share lane 0's storage
+  std::vector<NamedParameter> parameters_;
+  std::unique_ptr<GradientReducer> reducer_;
+  std::unique_ptr<optim::Optimizer> optimizer_;
+  std::shared_ptr<const data::Dataset> training_, validation_;
+  std::unique_ptr<data::TrainingLoader> loader_;
+  std::unique_ptr<checkpoint::Store> store_;
+  std::unique_ptr<metrics::Ledger> ledger_;
+  std::unique_ptr<Watch> watch_;
+  std::string config_;
+
+  std::vector<data::Batch> batches_, next_batches_;
+  std::vector<LossSum> leaf_losses_;
+  int64_t step_ = 0;        // updates finished
+  int64_t step_count_ = 0;  // what the coming step counts for, over all ranks
+  int64_t saved_step_ = -1;
+  int skipped_in_a_row_ = 0;
+  Result result_{.validation_loss = kNan, .validation_accuracy = kNan};
+};
+
+int Trainer::num_lanes() {
+  nn::install_cpu_allocator();
+  if (device_.is_cuda()) return 1;  // one stream keeps a GPU busy
+  const int64_t share = leaf_share(options_.num_leaves(), mesh_.data().rank(), mesh_.data().size()).count();
+  const int wanted = options_.parallel_micro_batches > 0 ? options_.parallel_micro_batches
+                                                         : spare_lanes(world_, options_.threads_per_rank);
+  return static_cast<int>(std::min<int64_t>(wanted, share));
+}
+
+void Trainer::build_model() {
+  for (int lane = 0; lane < lanes_.size(); ++lane) {
+    models_.push_back(task_.make_model());
+    if (lane == 0) models_[0]->to(device_);
+    const auto mine = models_[lane]->named_parameters(), first = models_[0]->named_parameters();
+    for (size_t i = 0; lane > 0 && i < mine.size(); ++i) mine[i].value().set_data(first[i].value().data());
+  }
+  for (const auto& item : models_[0]->named_parameters()) {
+    if (item.value().requires_grad()) parameters_.push_back({item.key(), item.value()});
+  }
+  if (parameters_.empty())
+    throw ConfigError("the model of task " + task_.name() + " has no parameter that requires a gradient");
+  reducer_ = std::make_unique<GradientReducer>(
+      mesh_.data(), parameters_,
+      GradientReducerOptions{.num_leaves = options_.num_leaves(),
+                             .bucket_bytes = options_.bucket_bytes,
+                             .reduction = options_.reduction == "fast" ? Reduction::kFast : Reduction::kOrdered,
+                             .timeout = options_.runtime.collective_timeout});
+  for (auto& model : models_) {
+    std::vector<at::Tensor> tensors;
+    for (const auto& tensor : model->parameters()) {
+      if (tensor.requires_grad()) tensors.push_back(tensor);
+    }
+    reducer_->attach_lane(tensors);
+  }
+  optimizer_ = task_.make_optimizer(options_.weight_decay);
+  std::vector<optim::LocalParameter> locals;
+  for (size_t i = 0; i < parameters_.size(); ++i) {
+    const auto& [name, tensor] = parameters_[i];
+    locals.push_back({name, tensor.detach(), reducer_->grad(i), task_.decays(name, tensor)});
+  }
+  optimizer_->attach(std::move(locals));
+}
+
+void Trainer::build_data() {
+  training_ = task_.training_data();
+  validation_ = task_.validation_data();
+  LOCKSTEP_CHECK(training_ != nullptr) << "task " << task_.name() << " has no training data";
+  if (training_->size() < options_.global_batch_size) {
+    throw ConfigError("the training data holds " + std::to_string(training_->size()) +
+                      " samples, fewer than one --global_batch_size=" + std::to_string(options_.global_batch_size) +
+                      ". Mend: more data, shorter samples or a smaller batch");
+  }
+}
+
+void Trainer::open_run() {
+  config_ = config_json(options_, task_.config_json());
+  prepare_run_directory(fs_, world_, options_.run_dir);
+  const uint64_t epoch = checkpoint::acquire_epoch(fs_, world_, options_.run_dir, options_.take_over);
+  store_ = std::make_unique<checkpoint::Store>(fs_, world_,
+                                               checkpoint::Options{.directory = options_.run_dir + "/checkpoints",
+                                                                   .keep_last = options_.keep_checkpoints,
+                                                                   .epoch = epoch,
+                                                                   .timeout = options_.runtime.collective_timeout});
+  resume();
+  loader_ = std::make_unique<data::TrainingLoader>(training_,
+                                                   data::LoaderOptions{.seed = options_.seed,
+                                                                       .micro_batch_size = options_.micro_batch_size,
+                                                                       .num_leaves = options_.num_leaves(),
+                                                                       .leaf_begin = reducer_->share().begin,
+                                                                       .leaf_end = reducer_->share().end,
+                                                                       .first_step = step_,
+                                                                       .pin_memory = device_.is_cuda()});
+  if (!is_chief()) return;
+  ledger_ = std::make_unique<metrics::Ledger>(fs_, options_.run_dir + "/ledger.jsonl");
+  watch_ = std::make_unique<Watch>(fs_, options_, step_);
+  nlohmann::ordered_json record = {{"task", task_.name()},
+                                   {"step", step_},
+                                   {"epoch", epoch},
+                                   {"config", nlohmann::ordered_json::parse(config_)},
+                                   {"mesh", mesh_.describe()},
+                                   {"world_size", world_.size()},
+                                   {"backend", world_.backend()},
+                                   {"parallel_micro_batches", lanes_.size()},
+                                   {"torch", TORCH_VERSION},
+                                   {"arithmetic", arithmetic_record(options_.threads_per_rank)},
+                                   {"training_data", training_->fingerprint()}};
+  write_run_record(fs_, options_.run_dir, record.dump(2));
+  ledger_->append(result_.resumed_from < 0 ? "start" : "resume", record.dump());
+  int64_t numel = 0;
+  for (const auto& parameter : parameters_) numel += parameter.tensor.numel();
+  LOG(INFO) << task_.name() << ": " << numel << " parameters, " << mesh_.describe() << ", " << options_.num_leaves()
+            << " micro-batches of " << options_.micro_batch_size << " a step, " << lanes_.size()
+            << " at once on this rank, " << options_.precision << ", run directory " << options_.run_dir;
+}
+
+std::vector<checkpoint::StateTensor> Trainer::state() {
+  const auto entry = [&](const std::string& section, const std::string& name, const at::Tensor& tensor) {
+    return checkpoint::StateTensor{section,
+                                   ShardLayout::replicated(name, tensor.sizes().vec(),
+                                                           checkpoint::dtype_name(tensor.scalar_type()), world_.size()),
+                                   tensor};
+  };
+  std::vector<checkpoint::StateTensor> state;
+  for (const auto& item : models_[0]->named_parameters())
+    state.push_back(entry("weights", item.key(), item.value().detach()));
+  for (const auto& item : models_[0]->named_buffers()) state.push_back(entry("buffers", item.key(), item.value()));
+  for (const auto& part : optimizer_->state()) state.push_back(entry(part.kind, part.parameter, part.tensor));
+  return state;
+}
+
+void Trainer::resume() {
+  std::optional<checkpoint::Progress> progress;
+  if (options_.resume == "auto") {
+    progress = store_->load_newest(state());
+  } else if (options_.resume != "never") {
+    progress = store_->load(options_.resume, state());
+  }
+  if (!progress) {
+    task_.initialize(*models_[0], options_.seed);
+    if (!options_.init_from.empty()) store_->load(options_.init_from, state(), /*weights_only=*/true);
+    return;
+  }
+  const std::string difference = config_difference(progress->config_json, config_, options_.accept_config_change);
+  if (!difference.empty()) {
+    throw ConfigError(
+        "this run was started with another configuration:" + difference +
+        "\nMend: use the old values, or accept a change with --accept_config_change=KEY,… , or name another --run_dir");
+  }
+  if (progress->data_fingerprint != training_->fingerprint()) {
+    throw ConfigError("the training data is not what step " + std::to_string(progress->step) + " was trained on (" +
+                      progress->data_fingerprint + " then, " + training_->fingerprint() +
+                      " now). Mend: restore --train_data, or name another --run_dir");
+  }
+  step_ = saved_step_ = result_.resumed_from = progress->step;
+}
+
+Result Trainer::run() {
+  result_.steps = step_;
+  if (step_ >= options_.steps) {
+    if (is_chief())
+      LOG(INFO) << "this run is done: " << step_ << " of " << options_.steps << " steps, in " << options_.run_dir;
+    return result_;
+  }
+  const auto start = Clock::now();
+  StepReport first;
+  first.count = prefetch();
+  step_count_ = exchange(mesh_.data(), first).count;
+  while (step_ < options_.steps) {
+    step();
+    const bool last = step_ == options_.steps;
+    if (last || (options_.checkpoint_interval_steps > 0 && step_ % options_.checkpoint_interval_steps == 0)) save();
+    if (last || (options_.eval_interval_steps > 0 && step_ % options_.eval_interval_steps == 0)) evaluate();
+  }
+  result_.steps = step_;
+  result_.train_seconds = seconds_since(start);
+  if (is_chief()) {
+    watch_->progress.finish();
+    ledger_->append(
+        "end",
+        nlohmann::ordered_json{{"step", step_}, {"loss", result_.loss}, {"train_s", result_.train_seconds}}.dump());
+    LOG(INFO) << "done: " << step_ << " steps in " << result_.train_seconds << " s, loss " << result_.loss
+              << (validation_ ? ", validation loss " + std::to_string(result_.validation_loss) : "");
+    models_[0]->eval();
+    task_.finished(*models_[0]);
+  }
+  return result_;
+}
+
+void Trainer::step() {
+  const auto start = Clock::now();
+  batches_ = std::move(next_batches_);
+  leaf_losses_.assign(batches_.size(), {});
+  nn::begin_step();
+  reducer_->begin_step();
+  std::atomic<size_t> next{0};
+  lanes_.run([&](int lane) {
+    for (size_t i = next++; i < batches_.size(); i = next++)
+      compute_leaf(lane, reducer_->share().begin + static_cast<int64_t>(i), batches_[i], i);
+  });
+
+  StepReport report;
+  report.squares = reducer_->reduce();
+  for (const LossSum& leaf : leaf_losses_) {
+    report.loss.add(leaf.sum.item<float>());
+    report.has_correct |= leaf.correct.defined();
+    if (leaf.correct.defined()) report.correct.add(leaf.correct.item<double>());
+  }
+  report.stop = stop_requested();
+  const double divisor = static_cast<double>(step_count_);
+  report.count = prefetch();
+  report = exchange(mesh_.data(), report);
+
+  const double loss = report.loss.value() / divisor;
+  if (report.squares.has_non_finite() || report.loss.has_non_finite()) {
+    skip_step(report, loss);
+  } else {
+    skipped_in_a_row_ = 0;
+    const double grad_norm = std::sqrt(report.squares.value());
+    const double learning_rate = optim::learning_rate_at(options_.schedule, step_);
+    update(grad_norm, learning_rate);
+    ++step_;
+    result_.loss = loss;
+    if (is_chief())
+      report_step(loss, grad_norm, learning_rate, report.has_correct ? report.correct.value() / divisor : kNan,
+                  seconds_since(start));
+  }
+  step_count_ = report.count;
+  stop_if_asked(report.stop != 0);
+}
+
+void Trainer::compute_leaf(int lane, int64_t leaf, const data::Batch& host_batch, size_t slot) {
+  auto& model = *models_[lane];
+  const nn::StepScope randomness({options_.seed, static_cast<uint64_t>(step_), static_cast<uint64_t>(leaf)});
+  const data::Batch batch = on_device(host_batch);
+  model.train();
+  reducer_->begin_leaf(lane, leaf);
+  LossSum loss;
+  {
+    const nn::AutocastGuard autocast(device_.type(), options_.precision == "bf16");
+    loss = task_.loss(model, batch);
+  }
+  // The loss is a sum; its gradient carries the divisor, the same on every rank.
+  const auto weight =
+      at::full({}, static_cast<float>(1.0 / static_cast<double>(step_count_)), loss.sum.options().requires_grad(false));
+  torch::autograd::backward({loss.sum}, {weight});
+  reducer_->end_leaf(lane);
+  leaf_losses_[slot] = {loss.sum.detach(), loss.correct.defined() ? loss.correct.detach() : at::Tensor()};
+}
+
+void Trainer::update(double grad_norm, double learning_rate) {
+  reducer_->wait();
+  const optim::StepScalars scalars{.learning_rate = learning_rate,
+                                   .grad_scale = optim::clip_coefficient(grad_norm, options_.clip_norm),
+                                   .step = step_ + 1};
+  lanes_.run([&](int lane) { optimizer_->step(scalars, lane, lanes_.size()); });
+}
+
+// Every rank sees the same flag, so every rank skips. The data moves on; the update does not.
+void Trainer::skip_step(const StepReport& report, double loss) {
+  reducer_->wait();
+  if (++skipped_in_a_row_ > kMaxSkippedInARow) {
+    std::string culprit = "the loss";
+    for (size_t i = 0; i < parameters_.size() && report.squares.has_non_finite(); ++i) {
+      if (!reducer_->grad(i).isfinite().all().item<bool>()) {
+        culprit = "the gradient of " + parameters_[i].name;
+        break;
+      }
+    }
+    throw ConfigError(culprit + " was not finite in " + std::to_string(skipped_in_a_row_) + " steps running, at step " +
+                      std::to_string(step_) + " (loss " + std::to_string(loss) +
+                      "). Mend: lower --learning_rate, or look at the data of this step");
+  }
+  if (is_chief()) {
+    LOG(WARNING) << "step " << step_ << " skipped: loss or gradient is not finite (loss " << loss << ")";
+    ledger_->append("skipped", nlohmann::ordered_json{{"step", step_}}.dump());
+  }
+  ++step_;
+}
+
+int64_t Trainer::prefetch() {
+  int64_t count = 0;
+  if (step_ + 1 < options_.steps || next_batches_.empty()) {
+    next_batches_ = loader_->next();
+    for (const auto& batch : next_batches_) count += task_.count(batch);
+  }
+  return count;
+}
+
+void Trainer::report_step(double loss, double grad_norm, double learning_rate, double accuracy, double step_s) {
+  const double rate = static_cast<double>(step_count_) / step_s;
+  const std::string unit = task_.count_unit();
+  metrics::Scalars scalars = {{"loss", loss},
+                              {"grad_norm", grad_norm},
+                              {"learning_rate", learning_rate},
+                              {unit, static_cast<double>(step_count_)},
+                              {"step_s", step_s},
+                              {unit + "_per_s", rate},
+                              {"memory_bytes", static_cast<double>(resident_bytes())}};
+  if (!std::isnan(accuracy)) scalars.emplace_back("accuracy", accuracy);
+  watch_->metrics.append(step_, scalars);
+  for (auto& [name, value] : scalars) name = "train/" + name;
+  watch_->board.scalars(step_, scalars);
+  watch_->progress.step(step_, loss, learning_rate, grad_norm, rate, unit);
+}
+
+void Trainer::evaluate() {
+  if (!validation_) return;
+  const data::EvaluationPass pass(validation_, options_.micro_batch_size, options_.eval_samples);
+  std::vector<StepReport> reports(lanes_.size());
+  std::atomic<int64_t> next{mesh_.data().rank()};
+  nn::begin_step();
+  lanes_.run([&](int lane) {
+    const torch::autograd::AutoGradMode no_grad(false);
+    const nn::AutocastGuard autocast(device_.type(), options_.precision == "bf16");
+    auto& model = *models_[lane];
+    model.eval();
+    for (int64_t i = next.fetch_add(mesh_.data().size()); i < pass.num_micro_batches();
+         i = next.fetch_add(mesh_.data().size())) {
+      const data::Batch batch = on_device(pass.get(i));
+      const LossSum loss = task_.loss(model, batch);
+      reports[lane].loss.add(loss.sum.item<float>());
+      reports[lane].count += task_.count(batch);
+      reports[lane].has_correct |= loss.correct.defined();
+      if (loss.correct.defined()) reports[lane].correct.add(loss.correct.item<double>());
+    }
+  });
+  StepReport report;
+  for (const StepReport& part : reports) report.merge(part);
+  report = exchange(mesh_.data(), report);
+  const double count = static_cast<double>(report.count);
+  result_.validation_loss = report.loss.value() / count;
+  if (report.has_correct) result_.validation_accuracy = report.correct.value() / count;
+  if (!is_chief()) return;
+  metrics::Scalars scalars = {{"validation/loss", result_.validation_loss}};
+  std::string text = "validation loss " + std::to_string(result_.validation_loss);
+  if (report.has_correct) {
+    scalars.emplace_back("validation/accuracy", result_.validation_accuracy);
+    text += ", accuracy " + std::to_string(result_.validation_accuracy);
+  }
+  watch_->board.scalars(step_, scalars);
+  watch_->board.flush();
+  watch_->progress.message("step " + std::to_string(step_) + "  " + text);
+}
+
+void Trainer::save() {
+  if (saved_step_ == step_) return;
+  const checkpoint::Progress progress{
+      .step = step_,
+      .samples = step_ * options_.global_batch_size,
+      .config_json = config_,
+      .record_json = nlohmann::ordered_json{{"mesh", mesh_.describe()},
+                                            {"torch", TORCH_VERSION},
+                                            {"arithmetic", arithmetic_record(options_.threads_per_rank)}}
+                         .dump(),
+      .data_fingerprint = training_->fingerprint()};
+  const bool durable = store_->save(progress, state());
+  if (durable) saved_step_ = step_;
+  if (!is_chief()) return;
+  watch_->metrics.flush();
+  if (durable) {
+    ledger_->append("durable", nlohmann::ordered_json{{"step", step_}, {"save_s", store_->last_save_seconds()}}.dump());
+    watch_->progress.message("step " + std::to_string(step_) + "  checkpoint durable after " +
+                             std::to_string(store_->last_save_seconds()) + " s");
+  } else {
+    LOG(WARNING) << "step " << step_
+                 << " could not be saved; training goes on, the checkpoints before it are untouched";
+  }
+}
+
+void Trainer::stop_if_asked(bool asked) {
+  if (!asked || step_ == options_.steps) return;
+  save();
+  if (is_chief()) ledger_->append("preempted", nlohmann::ordered_json{{"step", step_}}.dump());
+  throw Preempted("asked to stop by a signal: saved step " + std::to_string(saved_step_) + " of " +
+                  std::to_string(options_.steps) + ". Run again to go on");
+}
+
+data::Batch Trainer::on_device(const data::Batch& batch) const {
+  if (device_.is_cpu()) return batch;
+  data::Batch moved{{}, batch.valid_samples};
+  for (const auto& tensor : batch.tensors) moved.tensors.push_back(tensor.to(device_, /*non_blocking=*/true));
+  return moved;
+}
+
+}  // namespace
+
+Result train(ProcessGroup& world, at::Device device, Task& task, const Options& options, Fs& fs) {
+  return Trainer(world, device, task, options, fs).run();
+}
+
+}  // namespace lockstep::train
