@@ -261,7 +261,8 @@ void GradientReducer::launch_ready_buckets(size_t bucket_number) {
 
 void GradientReducer::reduce_bucket(Bucket& bucket) {
   if (options_.reduction == Reduction::kOrdered) {
-    bucket.reduction.emplace(group_, options_.num_leaves, bucket.roots, options_.timeout);
+    bucket.reduction.emplace(group_, options_.num_leaves, bucket.roots, bucket.numel, bucket.grad.options(),
+                             options_.timeout);
     return;
   }
   float* sum = bucket.grad.mutable_data_ptr<float>();

@@ -12,8 +12,8 @@ namespace lockstep {
 /// Returns one group for each rank; hand each to its own thread.
 std::vector<std::unique_ptr<ProcessGroup>> make_local_world(int world_size);
 
-/// Runs `body` on `world_size` threads, each with one intra-op thread and its group; rethrows the first rank's exception after
-/// aborting the others, so that no thread is left behind.
+/// Runs `body` on `world_size` threads, each with one intra-op thread and its group; rethrows the first rank's
+/// exception after aborting the others, so that no thread is left behind.
 void run_local_ranks(int world_size, const std::function<void(ProcessGroup&)>& body);
 
 }  // namespace lockstep

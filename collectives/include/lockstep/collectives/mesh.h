@@ -15,11 +15,12 @@ struct MeshShape {
   int tensor = 1;
 };
 
-/// @throws ConfigError printing both sides, e.g. "dp 3 x tp 2 x pp 1 = 6, but world_size is 8; set --data_parallel_size=4".
+/// @throws ConfigError printing both sides, e.g. "dp 3 x tp 2 x pp 1 = 6, but world_size is 8; set
+/// --data_parallel_size=4".
 MeshShape resolve_mesh(MeshShape wanted, int world_size);
 
-/// The world cut along its axes, one group an axis. Ranks are laid out pipeline, data, context, tensor, the last fastest, so a
-/// tensor-parallel group sits on neighbours. Collective to build.
+/// The world cut along its axes, one group an axis. Ranks are laid out pipeline, data, context, tensor, the last
+/// fastest, so a tensor-parallel group sits on neighbours. Collective to build.
 class Mesh {
  public:
   Mesh(ProcessGroup& world, MeshShape shape);

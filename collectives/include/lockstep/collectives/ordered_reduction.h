@@ -1,10 +1,10 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
 #include <span>
 #include <vector>
+
+#include <ATen/core/Tensor.h>
 
 #include <lockstep/collectives/process_group.h>
 
@@ -12,10 +12,10 @@ namespace lockstep {
 
 /// Ordered reduction: the same bits for any number of ranks.
 ///
-/// Leaf: the gradient of one micro-batch; leaves 0 .. n-1 make a global batch. Their sum is one fixed binary tree over the leaf
-/// index, split at the largest power of two below n: the order in which a binary counter adds, whoever holds the leaves.
-/// Block: 2^j leaves starting at a multiple of 2^j; a subtree. Root: the sum of a block.
-/// Share: the contiguous leaves of one rank; it sums its maximal aligned blocks and sends the roots (facts: "local tree, then tree
+/// Leaf: the gradient of one micro-batch; leaves 0 .. n-1 make a global batch. Their sum is one fixed binary tree over
+/// the leaf index, split at the largest power of two below n: the order in which a binary counter adds, whoever holds
+/// the leaves. Block: 2^j leaves starting at a multiple of 2^j; a subtree. Root: the sum of a block. Share: the
+/// contiguous leaves of one rank; it sums its maximal aligned blocks and sends the roots (facts: "local tree, then tree
 /// over ranks" is wrong unless shares are powers of two).
 struct LeafBlock {
   int64_t start = 0;
@@ -39,25 +39,31 @@ std::vector<LeafBlock> maximal_aligned_blocks(LeafShare share);
 /// The largest block holding `leaf` whose leaves all lie in `share`: the root that leaf ends up in.
 LeafBlock root_of(int64_t leaf, LeafShare share);
 
-/// Sums the roots of all blocks of 0 .. num_leaves (left to right) into the canonical tree's value, in place of the first.
+/// Sums the roots of all blocks of 0 .. num_leaves (left to right) into the canonical tree's value, in place of the
+/// first.
 /// @param roots equal shapes, f32; consumed. @return roots[0], now the sum.
 at::Tensor fold_roots(std::span<const LeafBlock> blocks, std::vector<at::Tensor> roots);
 
-/// One bucket's ordered reduce-scatter under way: all roots of all ranks travel to the owner of each piece, who folds them.
+/// One bucket's ordered reduce-scatter under way: all roots of all ranks travel to the owner of each piece, who folds
+/// them.
 ///
-/// Collective over `group`. Bucket: `numel` f32 elements, cut into size() pieces of piece_elements (the last ones may be short or
-/// empty); piece r belongs to rank r.
+/// Collective over `group`. Bucket: `numel` f32 elements, cut into size() pieces of piece_elements (the last ones may
+/// be short or empty); piece r belongs to rank r.
 class OrderedReduction {
  public:
-  /// Sends `roots` (one [numel] tensor for each of this rank's maximal blocks, left to right) and receives into scratch.
-  OrderedReduction(ProcessGroup& group, int64_t num_leaves, std::vector<at::Tensor> roots, Milliseconds timeout = ProcessGroup::kDefaultTimeout);
+  /// Sends `roots` (one [numel] tensor for each of this rank's maximal blocks, left to right) and receives into
+  /// scratch.
+  /// @param roots none on a rank without leaves, so the bucket's size and options are told. Untouched until finish()
+  /// returns.
+  OrderedReduction(ProcessGroup& group, int64_t num_leaves, std::vector<at::Tensor> roots, int64_t numel,
+                   at::TensorOptions options, Milliseconds timeout = ProcessGroup::kDefaultTimeout);
   /// Waits, folds, and writes this rank's piece of the sum to `piece` (its length: owned_piece's).
-  void finish(at::Tensor piece);
+  void finish(const at::Tensor& piece);
   bool poll();
 
  private:
   ProcessGroup* group_;
-  int64_t num_leaves_;
+  int64_t num_leaves_, numel_;
   std::vector<at::Tensor> roots_;
   at::Tensor send_, received_;
   Work work_;
@@ -67,10 +73,13 @@ struct Piece {
   int64_t offset = 0;
   int64_t numel = 0;
 };
-/// Rank r's piece of a bucket of `numel` elements: multiples of 16 elements (one cache line), so pieces never share a line.
+/// Rank r's piece of a bucket of `numel` elements: multiples of 16 elements (one cache line), so pieces never share a
+/// line.
 Piece owned_piece(int64_t numel, int rank, int size);
 
-/// The whole ordered all-reduce, blocking: `leaves` are this rank's share, in order; returns the sum on every rank.
-at::Tensor ordered_all_reduce(ProcessGroup& group, int64_t num_leaves, std::vector<at::Tensor> leaves);
+/// The whole ordered all-reduce, blocking: `leaves` are this rank's share, in order, [numel] each; returns the sum on
+/// every rank.
+at::Tensor ordered_all_reduce(ProcessGroup& group, int64_t num_leaves, std::vector<at::Tensor> leaves, int64_t numel,
+                              at::TensorOptions options);
 
 }  // namespace lockstep

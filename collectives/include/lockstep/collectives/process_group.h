@@ -1,12 +1,12 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <chrono>
 #include <cstdint>
 #include <memory>
 #include <span>
 #include <string>
+
+#include <ATen/core/Tensor.h>
 
 namespace lockstep {
 
@@ -14,7 +14,8 @@ enum class ReduceOp { kSum, kMax, kMin };
 
 using Milliseconds = std::chrono::milliseconds;
 
-/// A collective under way. Keeps its tensors alive. Destroying one that was not waited for abandons it: the group is unusable then.
+/// A collective under way. Keeps its tensors alive. Destroying one that was not waited for abandons it: the group is
+/// unusable then.
 class Work {
  public:
   /// What a back end implements: one operation in flight.
@@ -28,7 +29,8 @@ class Work {
   Work() = default;  ///< already done
   explicit Work(std::unique_ptr<Operation> operation) : operation_(std::move(operation)) {}
 
-  /// Host waits until the result may be read (on a GPU: the current stream waits, the host does not). Twice is harmless.
+  /// Host waits until the result may be read (on a GPU: the current stream waits, the host does not). Twice is
+  /// harmless.
   void wait();
   /// True when wait() would not block. Also pokes the back end, so calling it between pieces of compute moves data.
   bool poll();
@@ -41,8 +43,9 @@ class Work {
 ///
 /// Collective: all ranks make the same calls in the same order; one that stays away makes the others time out.
 /// Threads: one at a time. Streams: work queued later on the caller's current stream sees the result.
-/// Tensors: contiguous, numel() may be 0 and may pass 2^31; dtypes f32, f64, bf16, f16, i32, i64, u8; equal on all ranks.
-/// Timeouts are for the whole operation, not for each hop; expiry and a lost peer throw CollectiveError from wait().
+/// Tensors: contiguous, numel() may be 0 and may pass 2^31; dtypes f32, f64, bf16, f16, i32, i64, u8; equal on all
+/// ranks. Timeouts are for the whole operation, not for each hop; expiry and a lost peer throw CollectiveError from
+/// wait().
 class ProcessGroup {
  public:
   static constexpr Milliseconds kDefaultTimeout{300'000};
@@ -54,20 +57,24 @@ class ProcessGroup {
 
   virtual int rank() const = 0;
   virtual int size() const = 0;
-  virtual const std::string& name() const = 0;     ///< e.g. "world", "data"; in every error message
-  virtual const char* backend() const = 0;         ///< "local", "mpi", "nccl", later "shm"
+  virtual const std::string& name() const = 0;  ///< e.g. "world", "data"; in every error message
+  virtual const char* backend() const = 0;      ///< "local", "mpi", "nccl", later "shm"
 
   /// Replaces `tensor` by the elementwise sum (max, min) over all ranks, in the back end's own order (`fast`).
   /// For bits that do not depend on the layout use ordered_reduction.h.
-  /// Cost: 2(p-1)/p x bytes sent a rank (ring). Source: Patarasuk & Yuan, JPDC 69(2), 2009, doi:10.1016/j.jpdc.2008.09.002.
+  /// Cost: 2(p-1)/p x bytes sent a rank (ring). Source: Patarasuk & Yuan, JPDC 69(2), 2009,
+  /// doi:10.1016/j.jpdc.2008.09.002.
   virtual Work all_reduce(at::Tensor tensor, ReduceOp op = ReduceOp::kSum, Milliseconds timeout = kDefaultTimeout) = 0;
   /// `input` [p * n] -> `output` [n]: rank r gets the reduction of everybody's r-th piece.
-  virtual Work reduce_scatter(at::Tensor output, at::Tensor input, ReduceOp op = ReduceOp::kSum, Milliseconds timeout = kDefaultTimeout) = 0;
+  virtual Work reduce_scatter(at::Tensor output, at::Tensor input, ReduceOp op = ReduceOp::kSum,
+                              Milliseconds timeout = kDefaultTimeout) = 0;
   /// `input` [n] -> `output` [p * n], in rank order. `input` may be this rank's own piece of `output` (in place).
   virtual Work all_gather(at::Tensor output, at::Tensor input, Milliseconds timeout = kDefaultTimeout) = 0;
   /// Uneven: rank r brings `counts[r]` elements; `output` holds their concatenation. In place as above.
-  virtual Work all_gather_uneven(at::Tensor output, at::Tensor input, std::span<const int64_t> counts, Milliseconds timeout = kDefaultTimeout) = 0;
-  /// `send_counts[q]` elements of `input` go to rank q; `output` holds what came, `receive_counts[q]` from rank q, in rank order.
+  virtual Work all_gather_uneven(at::Tensor output, at::Tensor input, std::span<const int64_t> counts,
+                                 Milliseconds timeout = kDefaultTimeout) = 0;
+  /// `send_counts[q]` elements of `input` go to rank q; `output` holds what came, `receive_counts[q]` from rank q, in
+  /// rank order.
   virtual Work all_to_all(at::Tensor output, at::Tensor input, std::span<const int64_t> receive_counts,
                           std::span<const int64_t> send_counts, Milliseconds timeout = kDefaultTimeout) = 0;
   virtual Work broadcast(at::Tensor tensor, int root, Milliseconds timeout = kDefaultTimeout) = 0;

@@ -1,0 +1,105 @@
+#include <csignal>
+#include <iostream>
+
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#include <mpi.h>
+
+#include <lockstep/base/error.h>
+#include <lockstep/base/log.h>
+#include <lockstep/collectives/arithmetic.h>
+#include <lockstep/collectives/local_group.h>
+#include <lockstep/collectives/mpi_group.h>
+#include <lockstep/collectives/runtime.h>
+
+namespace lockstep {
+namespace {
+
+volatile std::sig_atomic_t g_stop = 0;  // the one thing a signal handler may touch
+
+void ask_to_stop(int) { g_stop = 1; }
+
+void install_stop_handlers() {
+  struct sigaction action {};
+  action.sa_handler = &ask_to_stop;
+  action.sa_flags = SA_RESTART;
+  sigaction(SIGUSR1, &action, nullptr);
+  sigaction(SIGTERM, &action, nullptr);
+}
+
+// Alone, MPI is not even started: nothing to wait for, and 0.1 s saved.
+std::unique_ptr<ProcessGroup> make_world(const RankInfo& info, const RuntimeOptions& options) {
+  if (options.backend != "auto" && options.backend != "mpi" && options.backend != "nccl") {
+    throw ConfigError("--backend=" + options.backend + " is neither auto, mpi nor nccl");
+  }
+  if (info.world_size > 1 && !info.has_mpi) {
+    throw ConfigError("started by " + info.launcher + " with " + std::to_string(info.world_size) +
+                      " ranks, but without MPI there is only NCCL, and this is a CPU run. Mend: lockstep run -n " +
+                      std::to_string(info.world_size) + " -- PROGRAM FLAGS, or mpirun");
+  }
+  if (!info.has_mpi) return std::move(make_local_world(1)[0]);
+  int granted = 0;
+  MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &granted);
+  int rank = 0, size = 1;
+  MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+  MPI_Comm_size(MPI_COMM_WORLD, &size);
+  check_world(info, rank, size);
+  if (granted < MPI_THREAD_MULTIPLE)
+    throw ConfigError("this MPI grants thread level " + std::to_string(granted) +
+                      ", MPI_THREAD_MULTIPLE is needed. Mend: use an Open MPI built with threads");
+  return make_mpi_world();
+}
+
+bool mpi_is_up() {
+  int initialized = 0, finalized = 0;
+  MPI_Initialized(&initialized);
+  MPI_Finalized(&finalized);
+  return initialized && !finalized;
+}
+
+}  // namespace
+
+bool stop_requested() noexcept { return g_stop != 0; }
+
+Runtime::Runtime(RankInfo info, at::Device device, std::unique_ptr<ProcessGroup> world)
+    : info_(std::move(info)), device_(device), world_(std::move(world)) {}
+Runtime::~Runtime() = default;
+
+int run_rank(const RuntimeOptions& options, const std::function<int(Runtime&)>& body) {
+  install_stop_handlers();  // first: a signal before this would kill the rank
+  std::unique_ptr<Runtime> runtime;
+  int rank = 0;
+  try {
+    const RankInfo info = rank_info_from_environment(process_environment());
+    rank = info.rank;
+    start_logging("lockstep", info.rank, info.world_size);
+    if (info.has_mpi && info.launcher != "srun") prctl(PR_SET_PDEATHSIG, SIGKILL);  // no rank outlives its mpirun
+    if (options.device != "auto" && options.device != "cpu" && options.device != "cuda")
+      throw ConfigError("--device=" + options.device + " is neither auto, cpu nor cuda");
+    if (options.device == "cuda" || options.backend == "nccl") {
+      throw ConfigError(
+          "--device=cuda needs the CUDA plug-in and a driver, and there is none here. Mend: run on a machine with a "
+          "GPU, or --device=cpu");
+    }
+    configure_arithmetic(1);
+    runtime = std::make_unique<Runtime>(info, at::kCPU, make_world(info, options));
+    const int code = body(*runtime);
+    runtime->world().close();
+    if (mpi_is_up()) MPI_Finalize();
+    return code;
+  } catch (...) {
+    const Failure failure = describe_current_exception();
+    const int code = static_cast<int>(failure.code);
+    // A mistake in flags or files shows on every rank alike: one says it. Anything else is each rank's own news.
+    if (failure.code != ExitCode::kConfig || rank == 0 || !mpi_is_up()) LOG(ERROR) << failure.message;
+    if (runtime) runtime->world().abort();
+    google::FlushLogFiles(google::INFO);
+    if (failure.code == ExitCode::kConfig && rank != 0)
+      usleep(200'000);  // rank 0 gets to say it before the job is taken down
+    if (mpi_is_up()) MPI_Abort(MPI_COMM_WORLD, code);
+    std::_Exit(code);  // destructors could wait for peers that are gone
+  }
+}
+
+}  // namespace lockstep
