@@ -32,7 +32,6 @@ class TensorBoardWriter {
  public:
   TensorBoardWriter(const std::string& directory, int64_t resume_step);
   void scalars(int64_t step, const Scalars& scalars);  ///< tags as given, e.g. "train/loss"
-  void text(int64_t step, const std::string& tag, const std::string& text);
   void flush();
   ~TensorBoardWriter();
 

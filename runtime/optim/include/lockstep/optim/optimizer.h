@@ -1,12 +1,12 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include <ATen/core/Tensor.h>
 
 namespace lockstep::optim {
 
@@ -25,14 +25,16 @@ struct StepScalars {
   int64_t step = 1;       ///< 1-based: bias correction
 };
 
-/// An elementwise optimizer on any list of local tensors: shards of a tensor get the bits the whole tensor gets, because each element
-/// goes through the same written-out fma sequence wherever it stands in a slice.
+/// An elementwise optimizer on any list of local tensors: shards of a tensor get the bits the whole tensor gets,
+/// because each element goes through the same written-out fma sequence wherever it stands in a slice.
 class Optimizer {
  public:
   virtual ~Optimizer() = default;
   /// Binds the tensors and allocates zeroed state beside them.
   virtual void attach(std::vector<LocalParameter> parameters) = 0;
-  virtual void step(const StepScalars& scalars) = 0;
+  /// Updates part `part` of `parts` of all elements: lanes of one rank share the work, each calling with its own part.
+  /// The cut does not change bits.
+  virtual void step(const StepScalars& scalars, int part = 0, int parts = 1) = 0;
   /// State tensors as ("<parameter name>", "exp_avg", tensor) in attach order: what a checkpoint holds.
   struct StateTensor {
     std::string parameter;
