@@ -22,7 +22,7 @@ endif()
 
 add_library(lockstep_options INTERFACE)
 target_compile_options(lockstep_options INTERFACE
-  -Wall -Wextra -Werror
+  -Wall -Wextra -Werror -Wno-missing-field-initializers  # members left out of a designated initializer keep their defaults
   -fPIC                  # one code model, so that one precompiled header serves libraries and programs
   -ffp-contract=off      # the compiler may not fuse a*b+c: bits must not depend on where a loop is vectorised
   -fstack-protector-strong

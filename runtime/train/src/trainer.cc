@@ -184,7 +184,7 @@ void Trainer::open_run() {
   prepare_run_directory(fs_, world_, options_.run_dir);
   const uint64_t epoch = checkpoint::acquire_epoch(fs_, world_, options_.run_dir, options_.take_over);
   store_ = std::make_unique<checkpoint::Store>(fs_, world_,
-                                               checkpoint::Options{.directory = options_.run_dir + "/checkpoints",
+                                               checkpoint::Options{.run_dir = options_.run_dir,
                                                                    .keep_last = options_.keep_checkpoints,
                                                                    .epoch = epoch,
                                                                    .timeout = options_.runtime.collective_timeout});

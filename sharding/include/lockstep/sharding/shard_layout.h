@@ -4,15 +4,9 @@
 #include <string>
 #include <vector>
 
-namespace lockstep {
+#include <lockstep/format/box.h>
 
-/// A box inside a tensor: per dim an offset and a size.
-struct Box {
-  std::vector<int64_t> offsets;
-  std::vector<int64_t> sizes;
-  int64_t numel() const;
-  friend bool operator==(const Box&, const Box&) = default;
-};
+namespace lockstep {
 
 /// Where one tensor lives: its name, global shape, dtype, and which box of it each rank of the world holds.
 ///

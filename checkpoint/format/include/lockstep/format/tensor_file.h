@@ -1,0 +1,47 @@
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include <lockstep/base/fs.h>
+
+namespace lockstep::format {
+
+inline constexpr uint64_t kChunkBytes = 4 << 20;          ///< one checksum each
+inline constexpr uint64_t kMaxHeaderBytes = 100'000'000;  ///< the safetensors reference's own limit
+inline constexpr size_t kMaxNameBytes = 1024;
+inline constexpr size_t kMaxRank = 16;
+
+/// One tensor of a safetensors file. Offsets count from the start of the data.
+struct TensorEntry {
+  std::string name;
+  std::string dtype;  ///< "F32", "BF16", "I64", ...
+  std::vector<int64_t> shape;
+  uint64_t begin = 0, end = 0;
+};
+
+struct TensorHeader {
+  std::vector<TensorEntry> tensors;  ///< in order of their data
+  std::map<std::string, std::string> metadata;
+  uint64_t data_start = 0;  ///< bytes before the data
+};
+
+/// Bytes of one element. @throws CorruptData for a dtype safetensors does not know.
+int64_t item_bytes(const std::string& dtype);
+
+/// Elements of a shape. @throws CorruptData negative sizes, more than kMaxRank dims, or 2^63 overflow.
+int64_t checked_numel(const std::vector<int64_t>& shape, const std::string& what);
+
+/// The header as bytes, length field and padding included: the data starts at a multiple of 64. Tensors get their
+/// offsets here.
+std::string encode_header(std::vector<TensorEntry>& tensors, const std::map<std::string, std::string>& metadata);
+
+/// Reads and checks a header: bounded size, no holes, no overlaps, no duplicate names, sizes that match dtype and
+/// shape, and data that fills the file exactly. @throws CorruptData naming file and tensor.
+TensorHeader read_header(const File& file, const std::string& path);
+/// The same on bytes in memory (`file_bytes`: size of the whole file), for tests and fuzzers.
+TensorHeader parse_header(const std::string& head, uint64_t file_bytes, const std::string& path);
+
+}  // namespace lockstep::format

@@ -1,0 +1,142 @@
+#include <algorithm>
+#include <cstring>
+
+#include <lockstep/base/error.h>
+#include <lockstep/format/tensor_file.h>
+
+#include "strict_json.h"
+
+namespace lockstep::format {
+namespace {
+
+constexpr uint64_t kAlignment = 64;
+
+const std::map<std::string, int64_t>& dtype_sizes() {
+  static const std::map<std::string, int64_t> sizes = {{"F64", 8}, {"F32", 4},  {"F16", 2},     {"BF16", 2},
+                                                       {"I64", 8}, {"I32", 4},  {"I16", 2},     {"I8", 1},
+                                                       {"U8", 1},  {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
+  return sizes;
+}
+
+TensorEntry parse_entry(const std::string& name, const nlohmann::json& json, const std::string& path) {
+  const std::string what = "tensor '" + name + "' in '" + path + "'";
+  if (name.empty() || name.size() > kMaxNameBytes)
+    throw CorruptData("a tensor in '" + path + "' has a name of " + std::to_string(name.size()) + " bytes");
+  TensorEntry entry{.name = name};
+  std::vector<uint64_t> offsets;
+  try {
+    entry.dtype = json.at("dtype").get<std::string>();
+    for (const auto& size : json.at("shape")) {
+      if (!size.is_number_unsigned()) throw CorruptData(what + " has a shape that is not made of counts");
+      entry.shape.push_back(size.get<int64_t>());
+    }
+    for (const auto& offset : json.at("data_offsets")) {
+      if (!offset.is_number_unsigned()) throw CorruptData(what + " has offsets that are not counts");
+      offsets.push_back(offset.get<uint64_t>());
+    }
+  } catch (const nlohmann::json::exception& error) {
+    throw CorruptData(what + ": " + error.what());
+  }
+  if (offsets.size() != 2 || offsets[0] > offsets[1]) throw CorruptData(what + " has bad data_offsets");
+  entry.begin = offsets[0];
+  entry.end = offsets[1];
+  int64_t bytes = 0;
+  if (__builtin_mul_overflow(checked_numel(entry.shape, what), item_bytes(entry.dtype), &bytes) ||
+      static_cast<uint64_t>(bytes) != entry.end - entry.begin) {
+    throw CorruptData(what + " has " + std::to_string(entry.end - entry.begin) +
+                      " bytes of data, its shape and dtype " + entry.dtype + " say " + std::to_string(bytes));
+  }
+  return entry;
+}
+
+}  // namespace
+
+int64_t item_bytes(const std::string& dtype) {
+  const auto found = dtype_sizes().find(dtype);
+  if (found == dtype_sizes().end()) throw CorruptData("unknown dtype '" + dtype + "'");
+  return found->second;
+}
+
+int64_t checked_numel(const std::vector<int64_t>& shape, const std::string& what) {
+  if (shape.size() > kMaxRank)
+    throw CorruptData(what + " has " + std::to_string(shape.size()) + " dims, more than " + std::to_string(kMaxRank));
+  int64_t numel = 1;
+  for (const int64_t size : shape) {
+    if (size < 0 || __builtin_mul_overflow(numel, size, &numel)) throw CorruptData(what + " has an impossible shape");
+  }
+  return numel;
+}
+
+std::string encode_header(std::vector<TensorEntry>& tensors, const std::map<std::string, std::string>& metadata) {
+  nlohmann::ordered_json json = nlohmann::ordered_json::object();
+  if (!metadata.empty()) json["__metadata__"] = metadata;
+  uint64_t offset = 0;
+  for (TensorEntry& tensor : tensors) {
+    const auto bytes =
+        static_cast<uint64_t>(checked_numel(tensor.shape, "tensor '" + tensor.name + "'") * item_bytes(tensor.dtype));
+    tensor.begin = offset;
+    tensor.end = offset += bytes;
+    json[tensor.name] = {
+        {"dtype", tensor.dtype}, {"shape", tensor.shape}, {"data_offsets", {tensor.begin, tensor.end}}};
+  }
+  std::string text = json.dump();
+  text.append((kAlignment - (text.size() + sizeof(uint64_t)) % kAlignment) % kAlignment, ' ');
+  const uint64_t length = text.size();
+  return std::string(reinterpret_cast<const char*>(&length), sizeof(length)) + text;  // little-endian, as this machine
+}
+
+TensorHeader parse_header(const std::string& head, uint64_t file_bytes, const std::string& path) {
+  uint64_t length = 0;
+  if (head.size() < sizeof(length)) throw CorruptData("'" + path + "' is too short to be a safetensors file");
+  std::memcpy(&length, head.data(), sizeof(length));
+  if (length > kMaxHeaderBytes || length > file_bytes - sizeof(length) || head.size() < sizeof(length) + length) {
+    throw CorruptData("'" + path + "' claims a header of " + std::to_string(length) + " bytes in a file of " +
+                      std::to_string(file_bytes));
+  }
+  const nlohmann::json json = strict_parse(head.substr(sizeof(length), length), path);
+  if (!json.is_object()) throw CorruptData("'" + path + "' has a header that is no JSON object");
+  TensorHeader header;
+  header.data_start = sizeof(length) + length;
+  for (const auto& [name, value] : json.items()) {
+    if (name != "__metadata__") {
+      header.tensors.push_back(parse_entry(name, value, path));
+      continue;
+    }
+    if (!value.is_object()) throw CorruptData("'" + path + "' has metadata that is no JSON object");
+    for (const auto& [key, text] : value.items()) {
+      if (!text.is_string()) throw CorruptData("'" + path + "' has metadata '" + key + "' that is no string");
+      header.metadata[key] = text.get<std::string>();
+    }
+  }
+  std::sort(header.tensors.begin(), header.tensors.end(),
+            [](const auto& a, const auto& b) { return std::tie(a.begin, a.end) < std::tie(b.begin, b.end); });
+  uint64_t end = 0;
+  for (const TensorEntry& tensor : header.tensors) {
+    if (tensor.begin != end)
+      throw CorruptData("tensor '" + tensor.name + "' in '" + path + "' starts at byte " +
+                        std::to_string(tensor.begin) + " where " + std::to_string(end) + " is next");
+    end = tensor.end;
+  }
+  if (header.data_start + end != file_bytes) {
+    throw CorruptData("'" + path + "' has " + std::to_string(file_bytes) + " bytes, its header describes " +
+                      std::to_string(header.data_start + end));
+  }
+  return header;
+}
+
+TensorHeader read_header(const File& file, const std::string& path) {
+  const uint64_t size = file.size();
+  std::string head(sizeof(uint64_t), '\0');
+  if (size < head.size())
+    throw CorruptData("'" + path + "' has " + std::to_string(size) + " bytes, too short to be a safetensors file");
+  file.read_at(0, std::as_writable_bytes(std::span(head.data(), head.size())));
+  uint64_t length = 0;
+  std::memcpy(&length, head.data(), sizeof(length));
+  if (length <= std::min(kMaxHeaderBytes, size - head.size())) {  // parse_header refuses the rest
+    head.resize(sizeof(length) + length);
+    file.read_at(0, std::as_writable_bytes(std::span(head.data(), head.size())));
+  }
+  return parse_header(head, size, path);
+}
+
+}  // namespace lockstep::format
