@@ -1,19 +1,21 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
 #include <memory>
 #include <span>
 #include <string>
 #include <vector>
 
+#include <ATen/core/Tensor.h>
+
 namespace lockstep::data {
 
-/// What a micro-batch is: tensors whose meaning the task knows (tokens and targets; pixels and labels), dim 0 = samples.
+/// What a micro-batch is: tensors whose meaning the task knows (tokens and targets; pixels and labels), dim 0 =
+/// samples.
 struct Batch {
   std::vector<at::Tensor> tensors;
-  /// Samples that count. Fewer than dim 0 when the last micro-batch of a finite pass is padded; the task's loss must mask the rest.
+  /// Samples that count. Fewer than dim 0 when the last micro-batch of a finite pass is padded; the task's loss must
+  /// mask the rest.
   int64_t valid_samples = 0;
 };
 
@@ -23,7 +25,8 @@ class Dataset {
  public:
   virtual ~Dataset() = default;
   virtual int64_t size() const = 0;  ///< samples
-  /// The samples at `indices`, stacked. @throws CorruptData naming file and position, e.g. a token id outside the vocabulary.
+  /// The samples at `indices`, stacked. @throws CorruptData naming file and position, e.g. a token id outside the
+  /// vocabulary.
   virtual Batch get(std::span<const int64_t> indices) const = 0;
   /// A digest of what the data is (files, sizes, options), for the run record: resume on other data is refused.
   virtual std::string fingerprint() const = 0;

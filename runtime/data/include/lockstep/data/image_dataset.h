@@ -15,7 +15,7 @@ struct ImageDatasetOptions {
   bool validation = false;
 };
 
-/// Images: CSV rows of channels*height*width values 0..255 then the label (plain or .gz), or IDX files (images;labels pair). Decoded once
+/// Images from CSV rows of channels*height*width values 0..255, then the label, plain or gzip-compressed. Decoded once
 /// into memory. Batch: tensors = {pixels [B, C, H, W] f32 scaled to [0, 1], labels [B] i64}.
 /// @throws ConfigError missing file. @throws CorruptData naming row and column.
 std::shared_ptr<const Dataset> open_image_dataset(const std::string& files, ImageDatasetOptions options);

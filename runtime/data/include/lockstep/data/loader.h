@@ -14,18 +14,20 @@ struct LoaderOptions {
   int64_t micro_batch_size = 1;  ///< samples
   int64_t num_leaves = 1;        ///< micro-batches a global batch
   int64_t leaf_begin = 0, leaf_end = 1;
-  int64_t first_step = 0;        ///< where to start: the whole state of a loader
-  int64_t prefetch_steps = 2;    ///< batches prepared ahead by one background thread
+  int64_t first_step = 0;      ///< where to start: the whole state of a loader
+  int64_t prefetch_steps = 2;  ///< batches prepared ahead by one background thread
   bool pin_memory = false;
 };
 
-/// Training batches: step k takes positions [k * G, (k+1) * G) of the global order (G = num_leaves * micro_batch_size), leaf l of it
-/// the l-th micro-batch. Any number of ranks sees the same samples in the same leaves. Prefetched batches are never state.
+/// Training batches: step k takes positions [k * G, (k+1) * G) of the global order (G = num_leaves * micro_batch_size),
+/// leaf l of it the l-th micro-batch. Any number of ranks sees the same samples in the same leaves. Prefetched batches
+/// are never state.
 class TrainingLoader {
  public:
   TrainingLoader(std::shared_ptr<const Dataset> dataset, LoaderOptions options);
   ~TrainingLoader();
-  /// This rank's micro-batches of the next step, in leaf order. Rethrows what the prefetch thread met (naming file and position).
+  /// This rank's micro-batches of the next step, in leaf order. Rethrows what the prefetch thread met (naming file and
+  /// position).
   std::vector<Batch> next();
 
  private:
@@ -33,8 +35,9 @@ class TrainingLoader {
   std::unique_ptr<Impl> impl_;
 };
 
-/// One finite, exact pass in file order: each sample once over all ranks; the last micro-batch is padded by repeating its last
-/// sample and says so in valid_samples. Returns the micro-batches `begin .. end` of ceil(size / micro_batch_size).
+/// One finite, exact pass in file order: each sample once over all ranks; the last micro-batch is padded by repeating
+/// its last sample and says so in valid_samples. Returns the micro-batches `begin .. end` of ceil(size /
+/// micro_batch_size).
 class EvaluationPass {
  public:
   EvaluationPass(std::shared_ptr<const Dataset> dataset, int64_t micro_batch_size, int64_t max_samples = -1);
