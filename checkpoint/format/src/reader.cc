@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <charconv>
+#include <cstring>
 
 #include <lockstep/base/error.h>
 #include <lockstep/format/checksum.h>
@@ -9,12 +11,25 @@
 namespace lockstep::format {
 namespace {
 
-constexpr const char* kCrcKey = "LOCKSTEP_CRC32C";
+std::vector<uint32_t> parse_crcs(const nlohmann::json& hex, uint64_t bytes, const std::string& what) {
+  const uint64_t chunks = (bytes + kChunkBytes - 1) / kChunkBytes;
+  const std::string* text = hex.is_string() ? &hex.get_ref<const std::string&>() : nullptr;
+  if (text == nullptr || text->size() != 8 * chunks)
+    throw CorruptData(what + " does not have " + std::to_string(chunks) + " checksums");
+  std::vector<uint32_t> crcs(chunks);
+  for (uint64_t chunk = 0; chunk < chunks; ++chunk) {
+    const char* begin = text->data() + 8 * chunk;
+    const auto parsed = std::from_chars(begin, begin + 8, crcs[chunk], 16);
+    if (parsed.ec != std::errc() || parsed.ptr != begin + 8) throw CorruptData(what + " has a bad checksum");
+  }
+  return crcs;
+}
 
-uint64_t total_bytes(const Manifest& manifest) {
-  uint64_t bytes = 0;
-  for (const auto& file : manifest.files) bytes += file.bytes;
-  return bytes;
+bool is_row_major_stretch(const Box& box, const std::vector<int64_t>& shape) {
+  for (size_t d = 1; d < shape.size(); ++d) {
+    if (box.sizes[d] != shape[d]) return false;
+  }
+  return true;
 }
 
 }  // namespace
@@ -23,123 +38,129 @@ Reader::Reader(Fs& fs, const std::string& path)
     : path_(path),
       manifest_(
           parse_manifest(read_text(fs, path + "/" + kManifestName, kMaxManifestBytes), path + "/" + kManifestName)) {
-  open_shards(fs);
+  for (const StoredFile& stored : manifest_.files) open_shard(fs, stored);
+  check_boxes();
 }
 
-void Reader::open_shards(Fs& fs) {
-  for (const StoredFile& stored : manifest_.files) {
-    const std::string path = path_ + "/" + stored.name;
-    Shard shard;
-    shard.file = fs.open_read(path);
-    if (shard.file->size() != stored.bytes) {
-      throw CorruptData("'" + path + "' has " + std::to_string(shard.file->size()) + " bytes, the manifest says " +
-                        std::to_string(stored.bytes));
-    }
-    shard.header = read_header(*shard.file, path);
-    std::vector<std::byte> head(shard.header.data_start);
-    shard.file->read_at(0, head);
-    if (crc32c(head) != stored.header_crc) throw CorruptData("'" + path + "': the header fails its checksum");
-    const auto crcs = strict_parse(shard.header.metadata[kCrcKey], path);
-    if (!crcs.is_object()) throw CorruptData("'" + path + "' has no chunk checksums");
-    for (const auto& [name, hex] : crcs.items()) shard.crcs[name] = hex.is_string() ? hex.get<std::string>() : "";
-    shards_.push_back(std::move(shard));
+void Reader::open_shard(Fs& fs, const StoredFile& stored) {
+  const std::string path = path_ + "/" + stored.name;
+  Shard shard;
+  shard.file = fs.open_read(path);
+  if (shard.file->size() != stored.bytes) {
+    throw CorruptData("'" + path + "' has " + std::to_string(shard.file->size()) + " bytes, the manifest says " +
+                      std::to_string(stored.bytes));
   }
-  for (Shard& shard : shards_) {
-    for (const TensorEntry& tensor : shard.header.tensors) shard.by_name[tensor.name] = &tensor;
+  const std::string head = read_head(*shard.file, path);
+  // Before parsing: a header that was torn or flipped is named as such, whatever it parses to.
+  if (crc32c(head) != stored.header_crc) throw CorruptData("'" + path + "': the header fails its checksum");
+  TensorHeader header = parse_header(head, stored.bytes, path);
+  shard.data_start = header.data_start;
+  const auto crcs = strict_parse(header.metadata[kCrcKey], path + "' (" + kCrcKey + ")'");
+  if (!crcs.is_object()) throw CorruptData("'" + path + "' has no chunk checksums");
+  for (TensorEntry& entry : header.tensors) {
+    const auto hex = crcs.find(entry.name);
+    auto parsed = parse_crcs(hex == crcs.end() ? nlohmann::json() : *hex, entry.end - entry.begin,
+                             "tensor '" + entry.name + "' in '" + path + "'");
+    const std::string name = entry.name;
+    shard.entries.emplace(name, StoredEntry{std::move(entry), std::move(parsed)});
   }
+  shards_.push_back(std::move(shard));
 }
 
-const TensorEntry& Reader::entry(const StoredBox& stored, const std::string& key) const {
-  const Shard& shard = shards_[stored.file];
-  const auto found = shard.by_name.find(key);
-  const std::string what = "tensor '" + key + "' in '" + path_ + "/" + manifest_.files[stored.file].name + "'";
-  if (found == shard.by_name.end()) throw CorruptData(what + " is missing");
-  const StoredTensor& tensor = manifest_.tensors.at(key);
-  if (found->second->shape != stored.box.sizes || found->second->dtype != tensor.dtype)
-    throw CorruptData(what + " has another shape or dtype than the manifest says");
-  return *found->second;
-}
-
-void Reader::read_stored(const StoredBox& stored, const std::string& key, std::span<std::byte> target) const {
-  const Shard& shard = shards_[stored.file];
-  const TensorEntry& tensor = entry(stored, key);
-  const std::string what = "tensor '" + key + "' in '" + path_ + "/" + manifest_.files[stored.file].name + "'";
-  const auto crcs = shard.crcs.find(key);
-  const uint64_t bytes = tensor.end - tensor.begin, chunks = (bytes + kChunkBytes - 1) / kChunkBytes;
-  LOCKSTEP_CHECK(target.size() == bytes) << what << " has " << bytes << " bytes, the target " << target.size();
-  if (crcs == shard.crcs.end() || crcs->second.size() != 8 * chunks) throw CorruptData(what + " has no checksums");
-  for (uint64_t chunk = 0; chunk < chunks; ++chunk) {
-    const uint64_t begin = chunk * kChunkBytes;
-    const auto part = target.subspan(begin, std::min(kChunkBytes, bytes - begin));
-    shard.file->read_at(shard.header.data_start + tensor.begin + begin, part);
-    if (hex8(crc32c(part)) != crcs->second.substr(8 * chunk, 8)) {
-      throw CorruptData(what + ": chunk " + std::to_string(chunk) + " (bytes " + std::to_string(begin) + " to " +
-                        std::to_string(begin + part.size()) + ") fails its checksum");
+void Reader::check_boxes() const {
+  for (const auto& [key, tensor] : manifest_.tensors) {
+    for (const StoredBox& stored : tensor.boxes) {
+      const auto found = shards_[stored.file].entries.find(key);
+      if (found == shards_[stored.file].entries.end()) throw CorruptData(what(key, stored.file) + " is missing");
+      if (found->second.entry.shape != stored.box.sizes || found->second.entry.dtype != tensor.dtype)
+        throw CorruptData(what(key, stored.file) + " has another shape or dtype than the manifest says");
     }
   }
+}
+
+std::string Reader::what(const std::string& key, size_t file) const {
+  return "tensor '" + key + "' in '" + path_ + "/" + manifest_.files[file].name + "'";
+}
+
+void Reader::read_chunk(const std::string& key, size_t file, uint64_t chunk, std::span<std::byte> target) const {
+  const Shard& shard = shards_[file];
+  const StoredEntry& stored = shard.entries.at(key);
+  const uint64_t begin = chunk * kChunkBytes;
+  shard.file->read_at(shard.data_start + stored.entry.begin + begin, target);
+  if (crc32c(target) != stored.chunk_crcs[chunk]) {
+    throw CorruptData(what(key, file) + ": chunk " + std::to_string(chunk) + " (bytes " + std::to_string(begin) +
+                      " to " + std::to_string(begin + target.size()) + " of the tensor) fails its checksum");
+  }
+}
+
+// Runs rise in the stored box, so each chunk is needed for one stretch of time: one chunk of scratch is enough.
+void Reader::copy_part(const std::string& key, const StoredBox& stored, const Box& wanted,
+                       std::span<std::byte> target) const {
+  const auto item = static_cast<uint64_t>(item_bytes(manifest_.tensors.at(key).dtype));
+  const uint64_t box_bytes = static_cast<uint64_t>(stored.box.numel()) * item;
+  std::vector<std::byte> scratch;
+  uint64_t in_scratch = UINT64_MAX;
+  const auto copy_run = [&](int64_t from, int64_t to, int64_t elements) {
+    uint64_t position = static_cast<uint64_t>(from) * item, into = static_cast<uint64_t>(to) * item;
+    const uint64_t run_end = position + static_cast<uint64_t>(elements) * item;
+    while (position < run_end) {
+      const uint64_t chunk = position / kChunkBytes, chunk_begin = chunk * kChunkBytes,
+                     chunk_end = std::min(chunk_begin + kChunkBytes, box_bytes);
+      const uint64_t bytes = std::min(run_end, chunk_end) - position;
+      if (position == chunk_begin && bytes == chunk_end - chunk_begin) {
+        read_chunk(key, stored.file, chunk, target.subspan(into, bytes));
+      } else {
+        if (in_scratch != chunk) {
+          scratch.resize(chunk_end - chunk_begin);
+          read_chunk(key, stored.file, chunk, scratch);
+          in_scratch = chunk;
+        }
+        std::memcpy(target.data() + into, scratch.data() + (position - chunk_begin), bytes);
+      }
+      position += bytes;
+      into += bytes;
+    }
+  };
+  for_each_run(intersection(stored.box, wanted), stored.box, wanted, copy_run);
 }
 
 void Reader::read(const std::string& key, const Box& wanted, std::span<std::byte> target) const {
   const StoredTensor& tensor = manifest_.tensors.at(key);
-  const int64_t item = item_bytes(tensor.dtype);
-  std::vector<std::byte> scratch;
-  for (const StoredBox& stored : tensor.boxes) {
-    const Box part = intersection(stored.box, wanted);
-    if (part.numel() == 0) continue;
-    if (stored.box == wanted) return read_stored(stored, key, target);
-    scratch.resize(static_cast<size_t>(stored.box.numel() * item));
-    read_stored(stored, key, scratch);
-    copy_box(part, stored.box, scratch.data(), wanted, target.data(), item);
+  LOCKSTEP_CHECK(target.size() == static_cast<uint64_t>(wanted.numel() * item_bytes(tensor.dtype)))
+      << "tensor '" << key << "': the target has " << target.size() << " bytes, the box wanted has " << wanted.numel()
+      << " elements";
+  for (const StoredBox& stored : tensor.boxes) copy_part(key, stored, wanted, target);
+}
+
+void Reader::stream(const std::string& key, const StoredBox& stored, const TakeChunk& take) const {
+  const StoredEntry& entry = shards_[stored.file].entries.at(key);
+  const uint64_t bytes = entry.entry.end - entry.entry.begin;
+  std::vector<std::byte> buffer(std::min(kChunkBytes, bytes));
+  for (uint64_t chunk = 0; chunk < entry.chunk_crcs.size(); ++chunk) {
+    const auto part = std::span(buffer).first(std::min(kChunkBytes, bytes - chunk * kChunkBytes));
+    read_chunk(key, stored.file, chunk, part);
+    take(part);
   }
 }
 
 std::string Reader::tensor_digest(const std::string& key) const {
   const StoredTensor& tensor = manifest_.tensors.at(key);
+  std::vector<StoredBox> boxes = tensor.boxes;
+  std::sort(boxes.begin(), boxes.end(), [](const auto& a, const auto& b) { return a.box < b.box; });
+  if (std::all_of(boxes.begin(), boxes.end(),
+                  [&](const auto& stored) { return is_row_major_stretch(stored.box, tensor.shape); })) {
+    Digester digester;
+    for (const StoredBox& stored : boxes) stream(key, stored, [&](auto bytes) { digester.add(bytes); });
+    return digester.hex();
+  }
   const Box whole = Box::whole(tensor.shape);
   std::vector<std::byte> bytes(static_cast<size_t>(whole.numel() * item_bytes(tensor.dtype)));
   read(key, whole, bytes);
   return digest(bytes);
 }
 
-CheckpointDigests compute_digests(const Reader& reader, const std::function<void(uint64_t, uint64_t)>& progress) {
-  CheckpointDigests digests;
-  std::string weights, optimizer;
-  const uint64_t total = total_bytes(reader.manifest());
-  uint64_t done = 0;
-  for (const auto& [key, tensor] : reader.manifest().tensors) {  // a map: name order
-    const std::string value = digests.tensors[key] = reader.tensor_digest(key);
-    std::string line = key + " " + tensor.dtype;
-    for (const int64_t size : tensor.shape) line += " " + std::to_string(size);
-    const std::string section = section_of(key);
-    (section == "weights" || section == "buffers" ? weights : optimizer) += line + " " + value + "\n";
-    done += static_cast<uint64_t>(Box::whole(tensor.shape).numel() * item_bytes(tensor.dtype));
-    if (progress) progress(done, total);
-  }
-  digests.weights = digest(weights);
-  digests.optimizer = digest(optimizer);
-  return digests;
-}
-
-std::vector<std::string> verify(Fs& fs, const std::string& path,
-                                const std::function<void(uint64_t, uint64_t)>& progress) {
-  std::vector<std::string> problems;
-  try {
-    const Reader reader(fs, path);
-    const uint64_t total = total_bytes(reader.manifest());
-    uint64_t done = 0;
-    for (const auto& [key, tensor] : reader.manifest().tensors) {
-      try {
-        reader.tensor_digest(key);
-      } catch (const Error& error) {
-        problems.emplace_back(error.what());
-      }
-      done += static_cast<uint64_t>(Box::whole(tensor.shape).numel() * item_bytes(tensor.dtype));
-      if (progress) progress(done, total);
-    }
-  } catch (const Error& error) {
-    problems.emplace_back(error.what());
-  }
-  return problems;
+void Reader::verify_tensor(const std::string& key) const {
+  for (const StoredBox& stored : manifest_.tensors.at(key).boxes) stream(key, stored, [](auto) {});
 }
 
 }  // namespace lockstep::format

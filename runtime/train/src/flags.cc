@@ -1,12 +1,12 @@
 #include <algorithm>
 #include <fstream>
 #include <iostream>
-#include <numeric>
 #include <sstream>
 
 #include <gflags/gflags.h>
 
 #include <lockstep/base/error.h>
+#include <lockstep/base/text.h>
 #include <lockstep/train/flags.h>
 
 DEFINE_string(run_dir, "run", "folder of this run: checkpoints, metrics, logs; created, mode 0700");
@@ -51,34 +51,17 @@ namespace {
 
 using gflags::CommandLineFlagInfo;
 
-int edit_distance(const std::string& a, const std::string& b) {
-  std::vector<int> row(b.size() + 1);
-  std::iota(row.begin(), row.end(), 0);
-  for (size_t i = 0; i < a.size(); ++i) {
-    int diagonal = std::exchange(row[0], static_cast<int>(i) + 1);
-    for (size_t j = 0; j < b.size(); ++j) {
-      const int change = diagonal + (a[i] != b[j]);
-      diagonal = row[j + 1];
-      row[j + 1] = std::min({row[j + 1] + 1, row[j] + 1, change});
-    }
-  }
-  return row.back();
-}
-
 // gflags' own flags that would not do here what their help says, and glog's that start_logging() sets.
 bool is_hidden(const CommandLineFlagInfo& flag) { return flag.filename.find("gflags") != std::string::npos; }
 
 [[noreturn]] void refuse_unknown(const std::string& name) {
   std::vector<CommandLineFlagInfo> flags;
   gflags::GetAllFlags(&flags);
-  std::string nearest;
-  int best = 4;  // further away is no likely slip
+  std::vector<std::string> names;
   for (const auto& flag : flags) {
-    const int distance = edit_distance(name, flag.name);
-    if (!is_hidden(flag) && distance < best) best = distance, nearest = flag.name;
+    if (!is_hidden(flag)) names.push_back(flag.name);
   }
-  throw ConfigError("unknown flag --" + name +
-                    (nearest.empty() ? ". Mend: see --help" : ". Mend: did you mean --" + nearest + "?"));
+  throw ConfigError("unknown flag --" + name + did_you_mean(name, names, "--"));
 }
 
 void print_flag(const CommandLineFlagInfo& flag) {

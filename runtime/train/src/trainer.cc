@@ -7,8 +7,7 @@
 
 #include <ATen/ops/full.h>
 #include <nlohmann/json.hpp>
-#include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/autograd/grad_mode.h>
+#include <torch/torch.h>
 #include <torch/version.h>
 
 #include <lockstep/base/error.h>
@@ -19,7 +18,6 @@
 #include <lockstep/metrics/run_log.h>
 #include <lockstep/nn/cpu_allocator.h>
 #include <lockstep/nn/dropout.h>
-#include <lockstep/nn/linear.h>
 #include <lockstep/nn/precision.h>
 #include <lockstep/sharding/gradient_reducer.h>
 #include <lockstep/train/trainer.h>
@@ -115,6 +113,7 @@ class Trainer {
   std::unique_ptr<metrics::Ledger> ledger_;
   std::unique_ptr<Watch> watch_;
   std::string config_;
+  uint64_t epoch_ = 0;  // fencing: of this start
 
   std::vector<data::Batch> batches_, next_batches_;
   std::vector<LossSum> leaf_losses_;
@@ -182,11 +181,11 @@ void Trainer::build_data() {
 void Trainer::open_run() {
   config_ = config_json(options_, task_.config_json());
   prepare_run_directory(fs_, world_, options_.run_dir);
-  const uint64_t epoch = checkpoint::acquire_epoch(fs_, world_, options_.run_dir, options_.take_over);
+  epoch_ = checkpoint::acquire_epoch(fs_, world_, options_.run_dir, options_.take_over);
   store_ = std::make_unique<checkpoint::Store>(fs_, world_,
                                                checkpoint::Options{.run_dir = options_.run_dir,
                                                                    .keep_last = options_.keep_checkpoints,
-                                                                   .epoch = epoch,
+                                                                   .epoch = epoch_,
                                                                    .timeout = options_.runtime.collective_timeout});
   resume();
   loader_ = std::make_unique<data::TrainingLoader>(training_,
@@ -202,7 +201,7 @@ void Trainer::open_run() {
   watch_ = std::make_unique<Watch>(fs_, options_, step_);
   nlohmann::ordered_json record = {{"task", task_.name()},
                                    {"step", step_},
-                                   {"epoch", epoch},
+                                   {"epoch", epoch_},
                                    {"config", nlohmann::ordered_json::parse(config_)},
                                    {"mesh", mesh_.describe()},
                                    {"world_size", world_.size()},
@@ -287,6 +286,7 @@ Result Trainer::run() {
         nlohmann::ordered_json{{"step", step_}, {"loss", result_.loss}, {"train_s", result_.train_seconds}}.dump());
     LOG(INFO) << "done: " << step_ << " steps in " << result_.train_seconds << " s, loss " << result_.loss
               << (validation_ ? ", validation loss " + std::to_string(result_.validation_loss) : "");
+    checkpoint::release_epoch(fs_, options_.run_dir, epoch_);
     models_[0]->eval();
     task_.finished(*models_[0]);
   }
@@ -338,6 +338,7 @@ void Trainer::step() {
 void Trainer::compute_leaf(int lane, int64_t leaf, const data::Batch& host_batch, size_t slot) {
   auto& model = *models_[lane];
   const nn::StepScope randomness({options_.seed, static_cast<uint64_t>(step_), static_cast<uint64_t>(leaf)});
+  const nn::WeightCacheScope share_casts;
   const data::Batch batch = on_device(host_batch);
   model.train();
   reducer_->begin_leaf(lane, leaf);
@@ -417,7 +418,8 @@ void Trainer::evaluate() {
   std::atomic<int64_t> next{mesh_.data().rank()};
   nn::begin_step();
   lanes_.run([&](int lane) {
-    const torch::autograd::AutoGradMode no_grad(false);
+    const torch::NoGradGuard no_grad;
+    const nn::WeightCacheScope share_casts;
     const nn::AutocastGuard autocast(device_.type(), options_.precision == "bf16");
     auto& model = *models_[lane];
     model.eval();

@@ -1,6 +1,8 @@
 #pragma once
 
+#include <cstddef>
 #include <functional>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -12,50 +14,70 @@
 
 namespace lockstep::format {
 
-/// A checkpoint opened for reading: manifest, all shard headers and sizes are checked on opening, every data byte when
-/// it is read.
+/// A checkpoint opened for reading. On opening: manifest, file sizes, shard headers and their checksums, and that the
+/// headers hold the boxes the manifest lists; so later allocations are bounded by bytes that exist. Every data byte is
+/// checked when it is read.
+///
+/// Threads: const members may run at once.
 class Reader {
  public:
-  /// @throws CorruptData, IoError.
+  /// @throws CorruptData damaged; ConfigError written by a newer format version; IoError cannot be read.
   Reader(Fs& fs, const std::string& path);
 
   const Manifest& manifest() const { return manifest_; }
   const std::string& path() const { return path_; }
 
-  /// Fills `target` (laid out as `wanted`, a box of tensor `key`) from whatever boxes are stored; each chunk's CRC is
-  /// checked in memory before its bytes count. @throws CorruptData naming file, tensor and chunk.
+  /// Fills `target` (laid out as `wanted`, a box of tensor `key`) from whatever boxes are stored. Each chunk is read
+  /// whole and its CRC32C checked in memory before its bytes count, straight in `target` where the chunk is contiguous
+  /// there, through one chunk of scratch where it is not. After an exception `target` holds rubbish.
+  /// @throws CorruptData naming file, tensor and chunk; IoError.
   void read(const std::string& key, const Box& wanted, std::span<std::byte> target) const;
 
-  /// XXH3-128 of the global tensor in row-major order: the same for any layout it was saved in.
+  /// XXH3-128 of the global tensor in row-major order: the same for any layout it was saved in. Streams a chunk at a
+  /// time what is stored whole or cut along its first dim; assembles the tensor in memory for other cuts.
   std::string tensor_digest(const std::string& key) const;
 
+  /// Reads every byte of the tensor, checks it, keeps nothing.
+  void verify_tensor(const std::string& key) const;
+
  private:
+  struct StoredEntry {  // a tensor's box in a shard
+    TensorEntry entry;
+    std::vector<uint32_t> chunk_crcs;
+  };
   struct Shard {
     std::unique_ptr<File> file;
-    TensorHeader header;
-    std::map<std::string, const TensorEntry*> by_name;
-    std::map<std::string, std::string> crcs;  // 8 hex digits a chunk
+    uint64_t data_start = 0;
+    std::map<std::string, StoredEntry> entries;
   };
-  void open_shards(Fs& fs);
-  const TensorEntry& entry(const StoredBox& stored, const std::string& key) const;
-  void read_stored(const StoredBox& stored, const std::string& key, std::span<std::byte> target) const;
+  using TakeChunk = std::function<void(std::span<const std::byte>)>;
+
+  void open_shard(Fs& fs, const StoredFile& stored);
+  void check_boxes() const;
+  std::string what(const std::string& key, size_t file) const;
+  void read_chunk(const std::string& key, size_t file, uint64_t chunk, std::span<std::byte> target) const;
+  void copy_part(const std::string& key, const StoredBox& stored, const Box& wanted, std::span<std::byte> target) const;
+  void stream(const std::string& key, const StoredBox& stored, const TakeChunk& take) const;
 
   std::string path_;
   Manifest manifest_;
   std::vector<Shard> shards_;
 };
 
-/// Digests over (name, dtype, shape, digest) of all tensors of a kind, in name order.
+/// Told bytes done and bytes in all, never from two threads at once; may be empty.
+using ProgressCallback = std::function<void(uint64_t, uint64_t)>;
+
+/// Digests over lines "key dtype size size... digest" of all tensors of a kind, in key order.
 struct CheckpointDigests {
   std::map<std::string, std::string> tensors;  ///< by key
-  std::string weights;                         ///< weights and buffers
+  std::string weights;                         ///< sections "weights" and "buffers"
   std::string optimizer;                       ///< every other section
 };
-/// Reads every byte. `progress` is told bytes done and in all, and may be empty.
-CheckpointDigests compute_digests(const Reader& reader, const std::function<void(uint64_t, uint64_t)>& progress = {});
+/// Reads every byte once. `threads` 0: one a core, 8 at most. @throws CorruptData, IoError.
+CheckpointDigests compute_digests(const Reader& reader, const ProgressCallback& progress = {}, int threads = 0);
 
 /// Everything wrong with a checkpoint, one message each; empty: every byte is good. Never throws for corrupt data.
-std::vector<std::string> verify(Fs& fs, const std::string& path,
-                                const std::function<void(uint64_t, uint64_t)>& progress = {});
+std::vector<std::string> verify(Fs& fs, const std::string& path, const ProgressCallback& progress = {},
+                                int threads = 0);
 
 }  // namespace lockstep::format

@@ -1,0 +1,30 @@
+#pragma once
+
+#include <cstdint>
+
+#include <ATen/core/Tensor.h>
+
+namespace lockstep::nn {
+
+/// What randomness inside a step is keyed by, so that no layout changes it and nothing has to be saved.
+struct StepKey {
+  uint64_t seed = 0, step = 0, leaf = 0;
+};
+
+/// Sets this thread's key for the scope. The Trainer does so around each micro-batch.
+class StepScope {
+ public:
+  explicit StepScope(StepKey key);
+  ~StepScope();
+  StepScope(const StepScope&) = delete;
+  StepScope& operator=(const StepScope&) = delete;
+
+ private:
+  StepKey was_;
+};
+
+/// Zeroes elements with probability p and scales the rest by 1 / (1 - p); element i of layer `layer` has its own random
+/// number. p = 0 or not training: x itself.
+at::Tensor dropout(const at::Tensor& x, double p, bool training, uint64_t layer);
+
+}  // namespace lockstep::nn

@@ -1,0 +1,115 @@
+#include <array>
+#include <atomic>
+#include <bit>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <vector>
+
+#include <sys/mman.h>
+
+#include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <lockstep/base/error.h>
+#include <lockstep/nn/cpu_allocator.h>
+
+namespace lockstep::nn {
+namespace {
+
+// Size classes: four to a power of two, from 64 bytes to 2^47. A block starts with a line that holds its class.
+constexpr size_t kLine = 64;
+constexpr size_t kHugeBytes = size_t{2} << 20;
+constexpr int kClasses = 4 * 48;
+
+int class_of(size_t bytes) {
+  const size_t wanted = std::max(bytes, kLine);
+  const int power = std::bit_width(wanted - 1) - 1;  // 2^power < wanted <= 2^(power + 1), except that 64 has power 5
+  const size_t quarter = size_t{1} << (power - 2);
+  const size_t steps = (wanted - (size_t{1} << power) + quarter - 1) / quarter;  // 1..4
+  return 4 * power + static_cast<int>(steps) - 1;
+}
+
+size_t bytes_of(int size_class) {
+  const int power = size_class / 4;
+  return (size_t{1} << power) + static_cast<size_t>(size_class % 4 + 1) * (size_t{1} << (power - 2));
+}
+
+struct alignas(64) FreeList {
+  std::mutex mutex;
+  std::vector<void*> blocks;
+};
+
+class CachingAllocator : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    if (bytes == 0) return {nullptr, nullptr, &release, at::kCPU};
+    void* block = take(class_of(bytes));
+    void* data = static_cast<char*>(block) + kLine;
+    return {data, data, &release, at::kCPU};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
+  void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+
+  static CpuMemory memory() { return {current_.load(), peak_.load(), cached_.load()}; }
+
+ private:
+  static void* take(int size_class) {
+    const auto bytes = static_cast<int64_t>(bytes_of(size_class));
+    FreeList& list = lists()[size_class];
+    void* block = nullptr;
+    {
+      const std::lock_guard lock(list.mutex);
+      if (!list.blocks.empty()) {
+        block = list.blocks.back();
+        list.blocks.pop_back();
+      }
+    }
+    if (block) {
+      cached_ -= bytes;
+    } else {
+      const bool big = static_cast<size_t>(bytes) >= kHugeBytes;
+      const size_t alignment = big ? kHugeBytes : kLine;
+      const size_t size = (static_cast<size_t>(bytes) + kLine + alignment - 1) / alignment * alignment;
+      block = std::aligned_alloc(alignment, size);
+      if (!block) throw std::bad_alloc();
+      if (big) madvise(block, size, MADV_HUGEPAGE);
+      *static_cast<int*>(block) = size_class;
+    }
+    const int64_t now = current_ += bytes;
+    for (int64_t peak = peak_; now > peak && !peak_.compare_exchange_weak(peak, now);) {
+    }
+    return block;
+  }
+
+  static void release(void* data) {
+    if (!data) return;
+    void* block = static_cast<char*>(data) - kLine;
+    const int size_class = *static_cast<int*>(block);
+    const auto bytes = static_cast<int64_t>(bytes_of(size_class));
+    current_ -= bytes;
+    cached_ += bytes;
+    FreeList& list = lists()[size_class];
+    const std::lock_guard lock(list.mutex);
+    list.blocks.push_back(block);
+  }
+
+  static std::array<FreeList, kClasses>& lists() {
+    static auto* const lists = new std::array<FreeList, kClasses>;  // never destroyed: tensors in statics outlive us
+    return *lists;
+  }
+
+  static inline std::atomic<int64_t> current_{0}, peak_{0}, cached_{0};
+};
+
+}  // namespace
+
+void install_cpu_allocator() {
+  static CachingAllocator allocator;
+  static std::once_flag once;
+  std::call_once(once, [] { c10::SetCPUAllocator(&allocator, /*priority=*/1); });
+}
+
+CpuMemory cpu_memory() { return CachingAllocator::memory(); }
+
+}  // namespace lockstep::nn

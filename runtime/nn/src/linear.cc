@@ -1,0 +1,67 @@
+#include <torch/torch.h>
+
+#include <lockstep/nn/linear.h>
+#include <lockstep/nn/precision.h>
+
+#include "kernels.h"
+#include "weight_cache.h"
+
+namespace lockstep::nn {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+at::Tensor rows_of(const at::Tensor& x) { return x.reshape({-1, x.size(-1)}); }
+
+// Columns of a bf16 [N, C] matrix summed in f32.
+at::Tensor column_sums_f32(const at::Tensor& x) {
+  at::Tensor sums = at::zeros({x.size(1)}, x.options().dtype(at::kFloat));
+  const at::Tensor dense = x.contiguous();
+  column_sums(reinterpret_cast<const Bf16*>(dense.const_data_ptr<at::BFloat16>()), x.size(0), x.size(1),
+              sums.mutable_data_ptr<float>());
+  return sums;
+}
+
+struct Bf16Linear : Function<Bf16Linear> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
+                            const at::Tensor& bias) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const at::Tensor x16 = x.to(at::kBFloat16), w16 = bf16_weight(weight);
+    ctx->save_for_backward({x16, w16});
+    ctx->saved_data["has_bias"] = bias.defined();
+    ctx->saved_data["x_is_f32"] = x.scalar_type() == at::kFloat;
+    return at::linear(x16, w16, bias.defined() ? bf16_weight(bias) : bias);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const at::Tensor &x = saved[0], &w = saved[1];
+    const at::Tensor g = rows_of(grads[0].to(at::kBFloat16));
+    at::Tensor x_grad, w_grad, b_grad;
+    if (ctx->needs_input_grad(0)) {
+      x_grad = at::mm(g, w).view(x.sizes());
+      if (ctx->saved_data["x_is_f32"].toBool()) x_grad = x_grad.to(at::kFloat);
+    }
+    if (ctx->needs_input_grad(1)) w_grad = at::mm(g.t(), rows_of(x)).to(at::kFloat);
+    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) b_grad = column_sums_f32(g);
+    return {x_grad, w_grad, b_grad};
+  }
+};
+
+}  // namespace
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
+  if (x.is_cpu() && is_bf16()) return Bf16Linear::apply(x, weight, bias);
+  return at::linear(x, weight, bias);
+}
+
+Linear::Linear(int64_t in, int64_t out, bool has_bias) {
+  weight = register_parameter("weight", at::zeros({out, in}));
+  if (has_bias) bias = register_parameter("bias", at::zeros({out}));
+}
+
+Embedding::Embedding(int64_t vocab, int64_t dim) { weight = register_parameter("weight", at::zeros({vocab, dim})); }
+
+}  // namespace lockstep::nn

@@ -1,0 +1,57 @@
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
+
+#include <lockstep/base/counter_random.h>
+#include <lockstep/nn/dropout.h>
+#include <lockstep/nn/init.h>
+
+namespace lockstep::nn {
+namespace {
+
+thread_local StepKey t_key;
+
+template <typename Value>
+void fill(const at::Tensor& parameter, Value value) {
+  const at::Tensor host = at::empty(parameter.sizes(), at::kFloat);
+  auto* out = host.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < host.numel(); ++i) out[i] = value(static_cast<uint64_t>(i));
+  parameter.detach().copy_(host);
+}
+
+}  // namespace
+
+StepScope::StepScope(StepKey key) : was_(t_key) { t_key = key; }
+StepScope::~StepScope() { t_key = was_; }
+
+at::Tensor dropout(const at::Tensor& x, double p, bool training, uint64_t layer) {
+  if (!training || p <= 0) return x;
+  const uint64_t key = stream_key(stream_key(t_key.seed, t_key.step, t_key.leaf, layer), "dropout");
+  const auto keep_below = static_cast<uint64_t>((1.0 - p) * 0x1p32);
+  const auto scale = static_cast<float>(1.0 / (1.0 - p));
+  const at::Tensor mask = at::empty(x.sizes(), at::kFloat);
+  auto* out = mask.mutable_data_ptr<float>();
+  const int64_t n = mask.numel();
+  for (int64_t i = 0; i < n; i += 4) {
+    const auto bits = philox4x32(key, static_cast<uint64_t>(i / 4), 0);
+    for (int64_t j = 0; j < 4 && i + j < n; ++j) out[i + j] = bits[j] < keep_below ? scale : 0.0f;
+  }
+  return at::mul(x, mask.to(x.device(), x.scalar_type()));
+}
+
+void fill_normal(const at::Tensor& parameter, uint64_t seed, const std::string& name, double standard_deviation) {
+  const uint64_t key = stream_key(seed, name);
+  const auto scale = static_cast<float>(standard_deviation);
+  fill(parameter, [&](uint64_t i) { return scale * normal_at(key, i); });
+}
+
+void fill_uniform(const at::Tensor& parameter, uint64_t seed, const std::string& name, double bound) {
+  const uint64_t key = stream_key(seed, name);
+  const auto scale = static_cast<float>(bound);
+  fill(parameter, [&](uint64_t i) { return scale * (2.0f * uniform_at(key, i) - 1.0f); });
+}
+
+void fill_constant(const at::Tensor& parameter, double value) {
+  fill(parameter, [&](uint64_t) { return static_cast<float>(value); });
+}
+
+}  // namespace lockstep::nn
