@@ -1,6 +1,7 @@
-// Trains a GPT-2 or Llama-style language model on token files. What is here: the model, the data, the loss. Ranks, precision, reduction,
-// checkpoints and metrics are the Trainer's.
+// Trains a GPT-2 or Llama-style language model on token files. What is here: the model, the data, the loss. Ranks,
+// precision, reduction, checkpoints and metrics are the Trainer's.
 #include <iostream>
+
 #include <nlohmann/json.hpp>
 
 #include <lockstep/data/token_dataset.h>
@@ -35,33 +36,43 @@ class LanguageModel : public lockstep::train::Task {
 
   lockstep::train::LossSum loss(torch::nn::Module& model, const Batch& batch) override {
     const int64_t valid = batch.valid_samples;
-    return {dynamic_cast<Model&>(model).loss_sum(batch.tensors[0].narrow(0, 0, valid), batch.tensors[1].narrow(0, 0, valid)), {}};
+    return {dynamic_cast<Model&>(model).loss_sum(batch.tensors[0].narrow(0, 0, valid),
+                                                 batch.tensors[1].narrow(0, 0, valid)),
+            {}};
   }
 
   void finished(torch::nn::Module& model) override {
     if (flags_.generate_tokens <= 0) return;
     // Bytes are their own text. Other tokenizers' ids are printed as they are: the program does not know their words.
     std::vector<int64_t> prompt;
-    for (const unsigned char letter : flags_.prompt.empty() ? std::string("\n") : flags_.prompt) prompt.push_back(letter);
-    const auto tokens = generate(dynamic_cast<Model&>(model), prompt, flags_.generate_tokens, flags_.temperature, flags_.top_k, flags_.seed);
+    for (const unsigned char letter : flags_.prompt.empty() ? std::string("\n") : flags_.prompt)
+      prompt.push_back(letter);
+    const auto tokens = generate(dynamic_cast<Model&>(model), prompt, flags_.generate_tokens, flags_.temperature,
+                                 flags_.top_k, flags_.seed);
     std::cout << "\n--- a sample ---\n";
     for (const int64_t token : tokens) {
-      if (flags_.model.vocab_size <= 256) std::cout << static_cast<char>(token);
-      else std::cout << token << ' ';
+      if (flags_.model.vocab_size <= 256)
+        std::cout << static_cast<char>(token);
+      else
+        std::cout << token << ' ';
     }
     std::cout << "\n----------------\n" << std::flush;
   }
 
   std::string config_json() const override {
     const Config& c = flags_.model;
-    return nlohmann::ordered_json{{"model", c.family}, {"layers", c.layers}, {"width", c.width}, {"heads", c.heads}, {"kv_heads", c.kv_heads}, {"ffn_width", c.ffn_width},
-                                  {"vocab_size", c.vocab_size}, {"sequence_length", c.sequence_length}, {"tied_head", c.tied_head}, {"dropout", c.dropout}}
+    return nlohmann::ordered_json{{"model", c.family},          {"layers", c.layers},
+                                  {"width", c.width},           {"heads", c.heads},
+                                  {"kv_heads", c.kv_heads},     {"ffn_width", c.ffn_width},
+                                  {"vocab_size", c.vocab_size}, {"sequence_length", c.sequence_length},
+                                  {"tied_head", c.tied_head},   {"dropout", c.dropout}}
         .dump();
   }
 
  private:
   std::shared_ptr<const Dataset> open(const std::string& files) const {
-    return lockstep::data::open_token_dataset(files, {.sequence_length = flags_.model.sequence_length, .vocab_size = flags_.model.vocab_size});
+    return lockstep::data::open_token_dataset(
+        files, {.sequence_length = flags_.model.sequence_length, .vocab_size = flags_.model.vocab_size});
   }
 
   Flags flags_;
@@ -71,6 +82,7 @@ class LanguageModel : public lockstep::train::Task {
 }  // namespace gpt
 
 int main(int argc, char** argv) {
-  return lockstep::train::run_training(argc, argv, "trains a GPT-2 or Llama-style language model on token files", gpt::flags_file(),
+  return lockstep::train::run_training(argc, argv, "trains a GPT-2 or Llama-style language model on token files",
+                                       gpt::flags_file(),
                                        [] { return std::make_unique<gpt::LanguageModel>(gpt::flags()); });
 }

@@ -1,9 +1,9 @@
 #pragma once
 
-#include <torch/nn/module.h>
-
 #include <string>
 #include <vector>
+
+#include <torch/nn/module.h>
 
 #include <lockstep/nn/linear.h>
 #include <lockstep/nn/norm.h>
@@ -12,7 +12,8 @@ namespace gpt {
 
 /// Two families of decoder-only transformers in one description.
 struct Config {
-  std::string family = "gpt2";  ///< gpt2: learned positions, LayerNorm, GELU, biases | llama: RoPE, RMSNorm, SwiGLU, no biases
+  std::string family =
+      "gpt2";  ///< gpt2: learned positions, LayerNorm, GELU, biases | llama: RoPE, RMSNorm, SwiGLU, no biases
   int64_t layers = 6, width = 384, heads = 6;
   int64_t kv_heads = 0;   ///< llama: key-value heads (grouped-query attention); 0: as many as heads
   int64_t ffn_width = 0;  ///< 0: 4 x width for gpt2, 8/3 x width rounded up to 64 for llama
@@ -34,7 +35,8 @@ class Model : public torch::nn::Module {
   at::Tensor loss_sum(const at::Tensor& tokens_BT, const at::Tensor& targets_BT);
   at::Tensor logits(const at::Tensor& hidden_BTC);
 
-  /// GPT-2's scheme: normal 0.02, projections into the residual stream scaled by 1 / sqrt(2 layers); each from its own named stream.
+  /// GPT-2's scheme: normal 0.02, projections into the residual stream scaled by 1 / sqrt(2 layers); each from its own
+  /// named stream.
   void initialize(uint64_t seed);
 
   const Config& config() const { return config_; }
@@ -52,7 +54,9 @@ class Model : public torch::nn::Module {
   at::Tensor cosines_, sines_;  // RoPE tables: constants, so no buffers of the checkpoint
 };
 
-/// Continues `prompt` by `count` tokens, drawn with `temperature` among the `top_k` likeliest; random numbers are keyed by `seed`.
-std::vector<int64_t> generate(Model& model, std::vector<int64_t> prompt, int64_t count, double temperature, int64_t top_k, uint64_t seed);
+/// Continues `prompt` by `count` tokens, drawn with `temperature` among the `top_k` likeliest; random numbers are keyed
+/// by `seed`.
+std::vector<int64_t> generate(Model& model, std::vector<int64_t> prompt, int64_t count, double temperature,
+                              int64_t top_k, uint64_t seed);
 
 }  // namespace gpt

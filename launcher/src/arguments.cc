@@ -22,8 +22,11 @@ Arguments::Arguments(const std::vector<std::string>& words, const std::vector<Fl
       continue;
     }
     const size_t dashes = word.find_first_not_of('-'), equals = word.find('=');
-    const std::string name = dashes == std::string::npos ? word : word.substr(dashes, equals == std::string::npos ? equals : equals - dashes);
-    const auto flag = std::find_if(known.begin(), known.end(), [&](const Flag& candidate) { return name == candidate.name; });
+    const std::string name = dashes == std::string::npos
+                                 ? word
+                                 : word.substr(dashes, equals == std::string::npos ? equals : equals - dashes);
+    const auto flag =
+        std::find_if(known.begin(), known.end(), [&](const Flag& candidate) { return name == candidate.name; });
     if (flag == known.end()) {
       std::vector<std::string> names;
       for (const Flag& candidate : known) names.emplace_back(candidate.name);
@@ -54,7 +57,8 @@ int64_t Arguments::number(const std::string& name, int64_t otherwise, int64_t lo
   int64_t value = 0;
   const auto [end, error] = std::from_chars(text->data(), text->data() + text->size(), value);
   if (error != std::errc() || end != text->data() + text->size() || value < low || value > high) {
-    throw ConfigError("-" + std::string(name.size() > 1 ? "-" : "") + name + "=" + *text + " is no whole number from " + std::to_string(low) + " to " + std::to_string(high));
+    throw ConfigError("-" + std::string(name.size() > 1 ? "-" : "") + name + "=" + *text + " is no whole number from " +
+                      std::to_string(low) + " to " + std::to_string(high));
   }
   return value;
 }

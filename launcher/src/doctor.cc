@@ -3,13 +3,14 @@
 #include <filesystem>
 #include <fstream>
 #include <iostream>
-#include <nlohmann/json.hpp>
 
 #include <dlfcn.h>
 #include <sched.h>
 #include <sys/resource.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
+
+#include <nlohmann/json.hpp>
 
 #include <lockstep/base/error.h>
 #include <lockstep/base/fs.h>
@@ -45,13 +46,16 @@ std::string first_line_of(const char* command) {  // fixed commands of ours only
 Finding check_mpi() {
   const std::string version = first_line_of("mpirun --version 2>/dev/null");
   const bool good = version.find("Open MPI") != std::string::npos || version.find("OpenRTE") != std::string::npos;
-  return {"Open MPI", good, version.empty() ? "no mpirun on PATH" : version, "apt-get install openmpi-bin libopenmpi-dev"};
+  return {"Open MPI", good, version.empty() ? "no mpirun on PATH" : version,
+          "apt-get install openmpi-bin libopenmpi-dev"};
 }
 
 Finding check_mpi_starts() {
   const std::string answer = first_line_of(
-      "OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_plm=isolated mpirun -n 2 true >/dev/null 2>&1 && echo ok");
-  return {"mpirun starts 2 ranks", answer == "ok", answer == "ok" ? "yes" : "no", "run `mpirun -n 2 true` and read its message"};
+      "OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 "
+      "OMPI_MCA_plm=isolated mpirun -n 2 true >/dev/null 2>&1 && echo ok");
+  return {"mpirun starts 2 ranks", answer == "ok", answer == "ok" ? "yes" : "no",
+          "run `mpirun -n 2 true` and read its message"};
 }
 
 Finding check_gpu() {
@@ -72,7 +76,9 @@ Finding check_cores() {
     if (file >> limit >> period && limit != "max" && period > 0) quota = std::stod(limit) / period;
   }
   const bool good = quota == 0 || quota >= cores - 0.01;
-  return {"cores", good, std::to_string(cores) + (quota > 0 ? ", limited to " + std::to_string(quota) + " by the cgroup" : ""), "start no more ranks than the cgroup's limit, or raise it"};
+  return {"cores", good,
+          std::to_string(cores) + (quota > 0 ? ", limited to " + std::to_string(quota) + " by the cgroup" : ""),
+          "start no more ranks than the cgroup's limit, or raise it"};
 }
 
 Finding check_memory() {
@@ -81,14 +87,16 @@ Finding check_memory() {
   for (std::string key; file >> key;) {
     if (key == "MemAvailable:") file >> kib;
   }
-  return {"memory", kib > (1 << 20), std::to_string(kib / 1024) + " MiB available", "free some: a rank needs about 120 MiB before its model"};
+  return {"memory", kib > (1 << 20), std::to_string(kib / 1024) + " MiB available",
+          "free some: a rank needs about 120 MiB before its model"};
 }
 
 Finding check_shared_memory() {
   struct statvfs status {};
   const bool there = ::statvfs("/dev/shm", &status) == 0;
   const uint64_t mib = there ? status.f_bavail * status.f_frsize >> 20 : 0;
-  return {"/dev/shm", mib >= 64, std::to_string(mib) + " MiB free", "mount -o remount,size=1G /dev/shm (containers: --shm-size=1g)"};
+  return {"/dev/shm", mib >= 64, std::to_string(mib) + " MiB free",
+          "mount -o remount,size=1G /dev/shm (containers: --shm-size=1g)"};
 }
 
 Finding check_files() {
@@ -111,20 +119,27 @@ Finding check_storage(const std::string& folder) {
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     real_fs().remove_file(path);
     const auto rate = static_cast<int64_t>(kBytes / seconds / 1e6);
-    return {"storage of " + folder, rate >= 20, std::to_string(rate) + " MB/s written and synced", "put --run_dir on faster storage"};
+    return {"storage of " + folder, rate >= 20, std::to_string(rate) + " MB/s written and synced",
+            "put --run_dir on faster storage"};
   } catch (const Error& error) {
     return {"storage of " + folder, false, error.what(), "name a folder you may write with --run_dir"};
   }
 }
 
 int doctor(const Arguments& arguments) {
-  if (!arguments.words().empty() || arguments.has_rest()) throw ConfigError("leftover words. Mend: lockstep " + std::string(kDoctor.usage));
-  const std::vector<Finding> findings = {check_mpi(), check_mpi_starts(), check_gpu(), check_cores(), check_memory(), check_shared_memory(), check_files(), check_storage(arguments.get("run_dir", "."))};
+  if (!arguments.words().empty() || arguments.has_rest())
+    throw ConfigError("leftover words. Mend: lockstep " + std::string(kDoctor.usage));
+  const std::vector<Finding> findings = {
+      check_mpi(),    check_mpi_starts(),    check_gpu(),   check_cores(),
+      check_memory(), check_shared_memory(), check_files(), check_storage(arguments.get("run_dir", "."))};
   bool all_good = true;
   nlohmann::ordered_json json = nlohmann::ordered_json::array();
   for (const Finding& finding : findings) {
     all_good &= finding.good;
-    json.push_back({{"what", finding.what}, {"good", finding.good}, {"found", finding.found}, {"mend", finding.good ? "" : finding.mend}});
+    json.push_back({{"what", finding.what},
+                    {"good", finding.good},
+                    {"found", finding.found},
+                    {"mend", finding.good ? "" : finding.mend}});
     if (arguments.has("json")) continue;
     std::cout << (finding.good ? "ok    " : "BAD   ") << finding.what << ": " << finding.found << "\n";
     if (!finding.good) std::cout << "      mend: " << finding.mend << "\n";
@@ -135,6 +150,8 @@ int doctor(const Arguments& arguments) {
 
 }  // namespace
 
-const Verb kDoctor = {"doctor", "doctor [--run_dir FOLDER] [--json]", "Looks at what this machine lacks for training; each bad line says how to mend it.", &kFlags, &doctor};
+const Verb kDoctor = {"doctor", "doctor [--run_dir FOLDER] [--json]",
+                      "Looks at what this machine lacks for training; each bad line says how to mend it.", &kFlags,
+                      &doctor};
 
 }  // namespace lockstep::launcher

@@ -1,7 +1,8 @@
 #include <iostream>
-#include <nlohmann/json.hpp>
 
 #include <unistd.h>
+
+#include <nlohmann/json.hpp>
 
 #include <lockstep/base/error.h>
 #include <lockstep/format/reader.h>
@@ -22,9 +23,11 @@ const std::vector<Arguments::Flag> kVerifyFlags = {
 };
 
 std::string one_path(const Arguments& arguments, const char* usage) {
-  if (arguments.words().size() != 1 || arguments.has_rest()) throw ConfigError(std::string("one checkpoint or run is needed: lockstep ") + usage);
+  if (arguments.words().size() != 1 || arguments.has_rest())
+    throw ConfigError(std::string("one checkpoint or run is needed: lockstep ") + usage);
   const std::string& path = arguments.words()[0];
-  return format::resolve_checkpoint(real_fs(), path.size() > 1 && path.back() == '/' ? path.substr(0, path.size() - 1) : path);
+  return format::resolve_checkpoint(real_fs(),
+                                    path.size() > 1 && path.back() == '/' ? path.substr(0, path.size() - 1) : path);
 }
 
 // A line that counts up while a person waits.
@@ -32,7 +35,8 @@ void show_progress(uint64_t done, uint64_t total) {
   static uint64_t shown = 0;
   if (!isatty(STDERR_FILENO) || (done - shown < (64 << 20) && done < total)) return;
   shown = done;
-  std::cerr << "\r\033[K" << done * 100 / std::max<uint64_t>(total, 1) << " % read" << (done >= total ? "\r\033[K" : "") << std::flush;
+  std::cerr << "\r\033[K" << done * 100 / std::max<uint64_t>(total, 1) << " % read" << (done >= total ? "\r\033[K" : "")
+            << std::flush;
 }
 
 int inspect(const Arguments& arguments) {
@@ -49,14 +53,22 @@ int inspect(const Arguments& arguments) {
       tensors[key] = {{"dtype", tensor.dtype}, {"shape", tensor.shape}};
       if (with_digests) tensors[key]["digest"] = digests.tensors.at(key);
     }
-    Json json = {{"path", path}, {"step", manifest.step}, {"epoch", manifest.epoch}, {"samples", manifest.samples}, {"world_size", manifest.world_size}, {"bytes", bytes},
-                 {"config", Json::parse(manifest.config_json)}, {"record", Json::parse(manifest.record_json)}, {"data", manifest.data_fingerprint}};
+    Json json = {{"path", path},
+                 {"step", manifest.step},
+                 {"epoch", manifest.epoch},
+                 {"samples", manifest.samples},
+                 {"world_size", manifest.world_size},
+                 {"bytes", bytes},
+                 {"config", Json::parse(manifest.config_json)},
+                 {"record", Json::parse(manifest.record_json)},
+                 {"data", manifest.data_fingerprint}};
     if (with_digests) json["weights_digest"] = digests.weights, json["optimizer_digest"] = digests.optimizer;
     json["tensors"] = tensors;
     std::cout << json.dump(2) << "\n";
     return 0;
   }
-  std::cout << path << "\nstep " << manifest.step << ", epoch " << manifest.epoch << ", saved by " << manifest.world_size << " ranks, " << manifest.files.size() << " files, " << bytes << " bytes\n";
+  std::cout << path << "\nstep " << manifest.step << ", epoch " << manifest.epoch << ", saved by "
+            << manifest.world_size << " ranks, " << manifest.files.size() << " files, " << bytes << " bytes\n";
   for (const auto& [key, tensor] : manifest.tensors) {
     std::cout << "  " << key << "  " << tensor.dtype << " [";
     for (size_t d = 0; d < tensor.shape.size(); ++d) std::cout << (d ? ", " : "") << tensor.shape[d];
@@ -81,7 +93,10 @@ int verify(const Arguments& arguments) {
 
 }  // namespace
 
-const Verb kInspect = {"inspect", "inspect CHECKPOINT|RUN [--json] [--no_digests]", "Shows what a checkpoint holds; of a run, its newest durable one.", &kInspectFlags, &inspect};
-const Verb kVerify = {"verify", "verify CHECKPOINT|RUN [--json]", "Reads every byte of a checkpoint against its checksums; exit code 65 names what is bad.", &kVerifyFlags, &verify};
+const Verb kInspect = {"inspect", "inspect CHECKPOINT|RUN [--json] [--no_digests]",
+                       "Shows what a checkpoint holds; of a run, its newest durable one.", &kInspectFlags, &inspect};
+const Verb kVerify = {"verify", "verify CHECKPOINT|RUN [--json]",
+                      "Reads every byte of a checkpoint against its checksums; exit code 65 names what is bad.",
+                      &kVerifyFlags, &verify};
 
 }  // namespace lockstep::launcher

@@ -14,14 +14,16 @@ const Verb* const kVerbs[] = {&kRun, &kInspect, &kVerify, &kDoctor};
 void print_help() {
   std::cout << "lockstep: distributed training around LibTorch\n\n";
   for (const Verb* verb : kVerbs) std::cout << "  lockstep " << verb->usage << "\n      " << verb->summary << "\n";
-  std::cout << "\nlockstep VERB --help tells more. Exit codes: 0 done, 65 bad data, 70 bug, 73 fenced, 74 storage, 75 run again, 78 flags or configuration.\n";
+  std::cout << "\nlockstep VERB --help tells more. Exit codes: 0 done, 65 bad data, 70 bug, 73 fenced, 74 storage, 75 "
+               "run again, 78 flags or configuration.\n";
 }
 
 void print_help(const Verb& verb) {
   std::cout << "lockstep " << verb.usage << "\n" << verb.summary << "\n\n";
   for (const auto& flag : *verb.flags) {
     const std::string name = flag.name;
-    std::cout << "  -" << (name.size() > 1 ? "-" : "") << name << (flag.value ? std::string(" ") + flag.value : "") << "\n      " << flag.help << "\n";
+    std::cout << "  -" << (name.size() > 1 ? "-" : "") << name << (flag.value ? std::string(" ") + flag.value : "")
+              << "\n      " << flag.help << "\n";
   }
 }
 

@@ -38,7 +38,9 @@ int available_cores() {
 
 // The first of PATH's folders that has an executable `name`; a name with a slash is a path.
 std::string find_program(const std::string& name) {
-  const auto executable = [](const std::string& path) { return ::access(path.c_str(), X_OK) == 0 && std::filesystem::is_regular_file(path); };
+  const auto executable = [](const std::string& path) {
+    return ::access(path.c_str(), X_OK) == 0 && std::filesystem::is_regular_file(path);
+  };
   if (name.find('/') != std::string::npos) return executable(name) ? name : "";
   const char* path = std::getenv("PATH");
   std::istringstream folders(path ? path : "");
@@ -50,17 +52,20 @@ std::string find_program(const std::string& name) {
 
 void set_default(const char* name, const std::string& value) { ::setenv(name, value.c_str(), /*overwrite=*/0); }
 
-// What Open MPI should know, by environment: the same names work in 4.x; 5.x reads the PRTE_ ones. Users' own settings win.
+// What Open MPI should know, by environment: the same names work in 4.x; 5.x reads the PRTE_ ones. Users' own settings
+// win.
 void prepare_environment(int64_t ranks, int cores) {
   set_default("OMP_NUM_THREADS", "1");
   set_default("OMPI_ALLOW_RUN_AS_ROOT", "1");
   set_default("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
   set_default("OMPI_MCA_rmaps_base_oversubscribe", "1");
   set_default("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe");
-  // Ranks of one host share cores by the kernel's scheduler: Open MPI's default would bind two ranks' helper threads to one core each.
+  // Ranks of one host share cores by the kernel's scheduler: Open MPI's default would bind two ranks' helper threads to
+  // one core each.
   set_default("OMPI_MCA_hwloc_base_binding_policy", "none");
   set_default("PRTE_MCA_hwloc_default_binding_policy", "none");
-  if (ranks > cores) set_default("OMPI_MCA_mpi_yield_when_idle", "1");  // a waiting rank must not keep the core from a working one
+  if (ranks > cores)
+    set_default("OMPI_MCA_mpi_yield_when_idle", "1");  // a waiting rank must not keep the core from a working one
   // One host: nothing but shared memory is needed, and looking for networks takes time at start.
   set_default("OMPI_MCA_btl", "self,vader");
   set_default("OMPI_MCA_pml", "ob1");
@@ -70,11 +75,16 @@ void prepare_environment(int64_t ranks, int cores) {
 std::vector<std::string> command_line(const Arguments& arguments, int64_t ranks) {
   if (arguments.rest().empty()) throw ConfigError("no program is named. Mend: lockstep run -n 2 -- PROGRAM FLAGS…");
   const std::string program = find_program(arguments.rest()[0]);
-  if (program.empty()) throw ConfigError("'" + arguments.rest()[0] + "' is not there or cannot be executed. Mend: check the path, or build it");
+  if (program.empty())
+    throw ConfigError("'" + arguments.rest()[0] +
+                      "' is not there or cannot be executed. Mend: check the path, or build it");
   std::vector<std::string> command;
   if (ranks > 1) {
     const std::string wanted = arguments.get("mpirun", "mpirun"), mpirun = find_program(wanted);
-    if (mpirun.empty()) throw ConfigError("'" + wanted + "' is not there or cannot be executed. Mend: apt-get install openmpi-bin, or pass --mpirun PATH");
+    if (mpirun.empty())
+      throw ConfigError(
+          "'" + wanted +
+          "' is not there or cannot be executed. Mend: apt-get install openmpi-bin, or pass --mpirun PATH");
     command = {mpirun, "-n", std::to_string(ranks)};
   }
   command.push_back(program);
@@ -89,8 +99,8 @@ pid_t start(const std::vector<std::string>& command) {
   const pid_t parent = ::getpid(), pid = ::fork();
   if (pid < 0) throw ConfigError(std::string("cannot start a process: ") + std::strerror(errno));
   if (pid == 0) {
-    ::setpgid(0, 0);                        // Ctrl-C reaches us alone; we turn it into a request to save
-    ::prctl(PR_SET_PDEATHSIG, SIGKILL);     // nothing outlives the launcher
+    ::setpgid(0, 0);                     // Ctrl-C reaches us alone; we turn it into a request to save
+    ::prctl(PR_SET_PDEATHSIG, SIGKILL);  // nothing outlives the launcher
     if (::getppid() != parent) ::_exit(static_cast<int>(ExitCode::kRunAgain));
     ::execv(argv[0], argv.data());
     std::cerr << "lockstep: cannot execute " << argv[0] << ": " << std::strerror(errno) << "\n";
@@ -100,8 +110,8 @@ pid_t start(const std::vector<std::string>& command) {
   return pid;
 }
 
-// Waits for the job; a first TERM or INT asks the ranks to save and stop (USR1, which mpirun passes on), the end of the grace or a
-// second one ends them.
+// Waits for the job; a first TERM or INT asks the ranks to save and stop (USR1, which mpirun passes on), the end of the
+// grace or a second one ends them.
 int wait_for(pid_t pid, int64_t grace_s) {
   using Clock = std::chrono::steady_clock;
   Clock::time_point end_at{};
@@ -113,7 +123,8 @@ int wait_for(pid_t pid, int64_t grace_s) {
     if (g_signals > 0 && !asked) {
       asked = true;
       end_at = Clock::now() + std::chrono::seconds(grace_s);
-      std::cerr << "lockstep: asking the ranks to save and stop; " << grace_s << " s of grace, again to end them at once\n";
+      std::cerr << "lockstep: asking the ranks to save and stop; " << grace_s
+                << " s of grace, again to end them at once\n";
       ::kill(pid, SIGUSR1);
     }
     if (asked && !ended && (g_signals > 1 || Clock::now() > end_at)) {
@@ -132,14 +143,22 @@ int exit_code_of(int status) {
   const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
   if (code > 128 && code < 128 + 32) signal = code - 128;
   switch (signal) {
-    case 0: return code;
-    case SIGKILL: case SIGTERM: case SIGINT: case SIGHUP: return static_cast<int>(ExitCode::kRunAgain);
-    default: return static_cast<int>(ExitCode::kBug);
+    case 0:
+      return code;
+    case SIGKILL:
+    case SIGTERM:
+    case SIGINT:
+    case SIGHUP:
+      return static_cast<int>(ExitCode::kRunAgain);
+    default:
+      return static_cast<int>(ExitCode::kBug);
   }
 }
 
 int run(const Arguments& arguments) {
-  if (!arguments.words().empty()) throw ConfigError("leftover word '" + arguments.words()[0] + "'. Mend: put -- before the program: lockstep run -n 2 -- PROGRAM FLAGS…");
+  if (!arguments.words().empty())
+    throw ConfigError("leftover word '" + arguments.words()[0] +
+                      "'. Mend: put -- before the program: lockstep run -n 2 -- PROGRAM FLAGS…");
   const int cores = available_cores();
   const int64_t ranks = arguments.number("n", cores, 1, 65536), grace_s = arguments.number("grace_s", 30, 0, 86400);
   const auto command = command_line(arguments, ranks);
@@ -150,12 +169,15 @@ int run(const Arguments& arguments) {
   const pid_t pid = start(command);
   const int code = exit_code_of(wait_for(pid, grace_s));
   ::kill(-pid, SIGKILL);  // whatever of the group is left
-  if (code != 0) std::cerr << "lockstep: the job ended with exit code " << code << (code == static_cast<int>(ExitCode::kRunAgain) ? "; run the same command again to go on" : "") << "\n";
+  if (code != 0)
+    std::cerr << "lockstep: the job ended with exit code " << code
+              << (code == static_cast<int>(ExitCode::kRunAgain) ? "; run the same command again to go on" : "") << "\n";
   return code;
 }
 
 }  // namespace
 
-const Verb kRun = {"run", "run [-n RANKS] [--mpirun PATH] [--grace_s 30] -- PROGRAM FLAGS…", "Starts PROGRAM on RANKS ranks of this machine and passes its exit code on.", &kFlags, &run};
+const Verb kRun = {"run", "run [-n RANKS] [--mpirun PATH] [--grace_s 30] -- PROGRAM FLAGS…",
+                   "Starts PROGRAM on RANKS ranks of this machine and passes its exit code on.", &kFlags, &run};
 
 }  // namespace lockstep::launcher

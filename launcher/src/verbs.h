@@ -15,11 +15,14 @@ class Arguments {
     const char* help;
   };
 
-  /// @param words after the verb; everything after "--" is kept apart in rest(). @throws ConfigError unknown flags, with the nearest.
+  /// @param words after the verb; everything after "--" is kept apart in rest(). @throws ConfigError unknown flags,
+  /// with the nearest.
   Arguments(const std::vector<std::string>& words, const std::vector<Flag>& known);
 
   bool has(const std::string& name) const { return find(name).has_value(); }
-  std::string get(const std::string& name, const std::string& otherwise) const { return find(name).value_or(otherwise); }
+  std::string get(const std::string& name, const std::string& otherwise) const {
+    return find(name).value_or(otherwise);
+  }
   /// @throws ConfigError no whole number in [low, high].
   int64_t number(const std::string& name, int64_t otherwise, int64_t low, int64_t high) const;
   const std::vector<std::string>& words() const { return words_; }

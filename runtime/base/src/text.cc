@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <numeric>
+#include <utility>
 
 #include <lockstep/base/text.h>
 
@@ -24,7 +25,8 @@ int edit_distance(const std::string& a, const std::string& b) {  // Levenshtein,
 
 }  // namespace
 
-std::string did_you_mean(const std::string& word, const std::vector<std::string>& candidates, const std::string& prefix) {
+std::string did_you_mean(const std::string& word, const std::vector<std::string>& candidates,
+                         const std::string& prefix) {
   std::string nearest;
   int best = kFar;
   for (const std::string& candidate : candidates) {

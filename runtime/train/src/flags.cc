@@ -1,12 +1,9 @@
-#include <algorithm>
-#include <fstream>
-#include <iostream>
 #include <sstream>
 
 #include <gflags/gflags.h>
 
+#include <lockstep/base/command_line.h>
 #include <lockstep/base/error.h>
-#include <lockstep/base/text.h>
 #include <lockstep/train/flags.h>
 
 DEFINE_string(run_dir, "run", "folder of this run: checkpoints, metrics, logs; created, mode 0700");
@@ -49,95 +46,6 @@ DEFINE_double(collective_timeout_s, 300, "seconds a collective may take before t
 namespace lockstep::train {
 namespace {
 
-using gflags::CommandLineFlagInfo;
-
-// gflags' own flags that would not do here what their help says, and glog's that start_logging() sets.
-bool is_hidden(const CommandLineFlagInfo& flag) { return flag.filename.find("gflags") != std::string::npos; }
-
-[[noreturn]] void refuse_unknown(const std::string& name) {
-  std::vector<CommandLineFlagInfo> flags;
-  gflags::GetAllFlags(&flags);
-  std::vector<std::string> names;
-  for (const auto& flag : flags) {
-    if (!is_hidden(flag)) names.push_back(flag.name);
-  }
-  throw ConfigError("unknown flag --" + name + did_you_mean(name, names, "--"));
-}
-
-void print_flag(const CommandLineFlagInfo& flag) {
-  std::cout << "  --" << flag.name << "=" << flag.default_value << "\n      " << flag.description << "\n";
-}
-
-void print_help(const char* program, const char* usage, const char* own_file) {
-  std::vector<CommandLineFlagInfo> flags;
-  gflags::GetAllFlags(&flags);
-  std::cout << program << ": " << usage << "\n\nFlags of this program (a flag file sets several: --flagfile=F)\n";
-  for (const auto& flag : flags) {
-    if (flag.filename == own_file) print_flag(flag);
-  }
-  std::cout << "\nFlags of every training program\n";
-  for (const auto& flag : flags) {
-    if (flag.filename == __FILE__) print_flag(flag);
-  }
-}
-
-void set_flag(const std::string& name, const std::string& value) {
-  if (gflags::SetCommandLineOption(name.c_str(), value.c_str()).empty()) {
-    CommandLineFlagInfo flag = gflags::GetCommandLineFlagInfoOrDie(name.c_str());
-    throw ConfigError("--" + name + "=" + value + " is not a valid " + flag.type + ": " + flag.description);
-  }
-}
-
-void parse_words(const std::vector<std::string>& words, const std::string& where, int depth);
-
-void parse_flagfile(const std::string& path, int depth) {
-  if (depth > 4) throw ConfigError("--flagfile=" + path + " is nested deeper than 4 files");
-  std::ifstream file(path);
-  if (!file) throw ConfigError("--flagfile=" + path + " cannot be read. Mend: check the path");
-  std::vector<std::string> words;
-  for (std::string line; std::getline(file, line);) {
-    line.erase(0, line.find_first_not_of(" \t\r"));
-    line.erase(line.find_last_not_of(" \t\r") + 1);
-    if (!line.empty() && line[0] != '#') words.push_back(line);
-  }
-  parse_words(words, path, depth);
-}
-
-void parse_words(const std::vector<std::string>& words, const std::string& where, int depth) {
-  for (size_t i = 0; i < words.size(); ++i) {
-    const std::string& word = words[i];
-    const size_t dashes = word.find_first_not_of('-');
-    if (dashes == 0 || dashes == std::string::npos || dashes > 2) {
-      throw ConfigError("leftover word '" + word + "' in " + where + ": flags are --name=value. Mend: see --help");
-    }
-    const size_t equals = word.find('=');
-    std::string name = word.substr(dashes, equals == std::string::npos ? std::string::npos : equals - dashes);
-    std::replace(name.begin(), name.end(), '-', '_');
-    CommandLineFlagInfo flag;
-    const bool negated =
-        equals == std::string::npos && name.starts_with("no") && !gflags::GetCommandLineFlagInfo(name.c_str(), &flag);
-    if (negated) name = name.substr(2);
-    const bool known = gflags::GetCommandLineFlagInfo(name.c_str(), &flag);
-    if (name != "flagfile" && (!known || is_hidden(flag) || (negated && flag.type != "bool")))
-      refuse_unknown(word.substr(dashes, equals - dashes));
-    std::string value;
-    if (equals != std::string::npos) {
-      value = word.substr(equals + 1);
-    } else if (flag.type == "bool") {
-      value = negated ? "false" : "true";
-    } else if (i + 1 < words.size()) {
-      value = words[++i];
-    } else {
-      throw ConfigError("--" + name + " needs a value");
-    }
-    if (name == "flagfile") {
-      parse_flagfile(value, depth + 1);
-    } else {
-      set_flag(name, value);
-    }
-  }
-}
-
 std::vector<std::string> split(const std::string& text) {
   std::vector<std::string> parts;
   std::istringstream stream(text);
@@ -148,12 +56,10 @@ std::vector<std::string> split(const std::string& text) {
 }  // namespace
 
 void parse_flags(int argc, char** argv, const char* usage, const char* own_file) {
-  const std::vector<std::string> words(argv + 1, argv + argc);
-  if (std::find(words.begin(), words.end(), "--help") != words.end()) {
-    print_help(argv[0], usage, own_file);
-    std::exit(0);
-  }
-  parse_words(words, "the command line", 0);
+  const auto leftover = parse_command_line(
+      argc, argv, usage, {{"Flags of this program", own_file}, {"Flags of every training program", __FILE__}});
+  if (!leftover.empty())
+    throw ConfigError("leftover word '" + leftover[0] + "': flags are --name=value. Mend: see --help");
 }
 
 Options options_from_flags() {
@@ -192,16 +98,7 @@ Options options_from_flags() {
   return options;
 }
 
-std::string resolved_flags() {
-  std::vector<CommandLineFlagInfo> flags;
-  gflags::GetAllFlags(&flags);
-  std::string text;
-  for (const auto& flag : flags) {
-    const bool is_glog = flag.filename.find("glog") != std::string::npos || flag.filename.starts_with("src/");
-    if (!is_hidden(flag) && (!is_glog || !flag.is_default)) text += "--" + flag.name + "=" + flag.current_value + "\n";
-  }
-  return text;
-}
+std::string shared_flags() { return resolved_flags({{"", __FILE__}}); }
 
 std::string train_data_flag() { return FLAGS_train_data; }
 std::string validation_data_flag() { return FLAGS_validation_data; }

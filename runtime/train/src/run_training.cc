@@ -19,7 +19,7 @@ int run_training(int argc, char** argv, const char* usage, const char* own_file,
     return static_cast<int>(error.exit_code());
   }
   return run_rank(options.runtime, [&](Runtime& runtime) {
-    if (runtime.world().rank() == 0) VLOG(1) << "flags:\n" << resolved_flags();
+    if (runtime.world().rank() == 0) VLOG(1) << "flags:\n" << shared_flags();
     const auto task = make_task();
     train(runtime.world(), runtime.device(), *task, options);
     return 0;

@@ -15,8 +15,8 @@ void parse_flags(int argc, char** argv, const char* usage, const char* own_file)
 /// The shared flags as Options: the one bridge between gflags and the library.
 Options options_from_flags();
 
-/// Every flag that was set or has a default, "--name=value" a line, for run.json and the log.
-std::string resolved_flags();
+/// The shared flags as "--name=value" lines, for run.json.
+std::string shared_flags();
 
 /// The data flags, for tasks.
 std::string train_data_flag();
