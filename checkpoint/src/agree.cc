@@ -1,29 +1,105 @@
+#include "agree.h"
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
 #include <cstring>
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 
-#include "epoch.h"
+#include <lockstep/base/error.h>
+#include <lockstep/base/log.h>
 
 namespace lockstep::checkpoint {
+namespace {
 
-at::Tensor broadcast_number(ProcessGroup& world, int64_t value) {
-  at::Tensor number = at::full({1}, value, at::kLong);
-  world.broadcast(number, 0).wait();
-  return number;
+Outcome outcome_of(int error_number) {
+  // A name that leads nowhere, or to something that is no regular file, is damage; a full table may have room soon.
+  constexpr std::array<int, 4> kMissing = {ENOENT, ENOTDIR, ELOOP, EINVAL};
+  constexpr std::array<int, 7> kPassing = {EMFILE, ENFILE, ENOMEM, EAGAIN, EINTR, ESTALE, ETIMEDOUT};
+  if (std::find(kMissing.begin(), kMissing.end(), error_number) != kMissing.end()) return Outcome::kCorrupt;
+  if (std::find(kPassing.begin(), kPassing.end(), error_number) != kPassing.end()) return Outcome::kBusy;
+  return Outcome::kFailed;
 }
 
-std::string broadcast_text(ProcessGroup& world, const std::string& text) {
-  const int64_t length = *broadcast_number(world, static_cast<int64_t>(text.size())).const_data_ptr<int64_t>();
-  at::Tensor bytes = at::empty({length}, at::kByte);
-  if (world.rank() == 0 && length > 0) std::memcpy(bytes.mutable_data_ptr<uint8_t>(), text.data(), text.size());
-  world.broadcast(bytes, 0).wait();
-  return {reinterpret_cast<const char*>(bytes.const_data_ptr<uint8_t>()), static_cast<size_t>(length)};
+int64_t reduce(ProcessGroup& world, int64_t mine, ReduceOp op, Milliseconds timeout) {
+  const at::Tensor number = at::full({1}, mine, at::kLong);
+  world.all_reduce(number, op, timeout).wait();
+  return *number.const_data_ptr<int64_t>();
 }
 
-bool all_agree(ProcessGroup& world, bool mine) {
-  const std::byte flag{mine};
-  return all_gather_bytes(world, std::span(&flag, 1)).find('\0') == std::string::npos;
+void broadcast_text(ProcessGroup& world, int root, std::string& text, Milliseconds timeout) {
+  const at::Tensor length = at::full({1}, static_cast<int64_t>(text.size()), at::kLong);
+  world.broadcast(length, root, timeout).wait();
+  at::Tensor bytes = at::empty({*length.const_data_ptr<int64_t>()}, at::kByte);
+  text.resize(static_cast<size_t>(bytes.numel()));
+  if (text.empty()) return;
+  std::memcpy(bytes.mutable_data_ptr<uint8_t>(), text.data(), text.size());
+  world.broadcast(bytes, root, timeout).wait();
+  std::memcpy(text.data(), bytes.const_data_ptr<uint8_t>(), text.size());
+}
+
+[[noreturn]] void throw_as(ExitCode code, const std::string& message) {
+  switch (code) {
+    case ExitCode::kFenced:
+      throw Fenced(message);
+    case ExitCode::kConfig:
+      throw ConfigError(message);
+    case ExitCode::kBadData:
+      throw CorruptData(message);
+    default:
+      throw Error(code, message);
+  }
+}
+
+}  // namespace
+
+Verdict try_here(const std::string& doing, const std::function<void()>& work) {
+  Verdict verdict;
+  try {
+    work();
+    return verdict;
+  } catch (const IoError& error) {
+    verdict = {outcome_of(error.error_number()), error.what()};
+  } catch (const CorruptData& error) {
+    verdict = {Outcome::kCorrupt, error.what()};
+  } catch (const Fenced& error) {
+    verdict = {Outcome::kFenced, error.what()};
+  }
+  LOG(ERROR) << doing << " failed: " << verdict.reason;
+  return verdict;
+}
+
+Verdict attempt(ProcessGroup& world, const std::string& doing, Milliseconds timeout,
+                const std::function<void()>& work) {
+  Verdict verdict = try_here(doing, work);
+  const auto worst =
+      static_cast<Outcome>(reduce(world, static_cast<int64_t>(verdict.outcome), ReduceOp::kMax, timeout));
+  if (worst == Outcome::kDone) return verdict;
+  const int64_t claim = verdict.outcome == worst ? world.rank() : world.size();
+  const auto witness = static_cast<int>(reduce(world, claim, ReduceOp::kMin, timeout));
+  broadcast_text(world, witness, verdict.reason, timeout);
+  verdict.outcome = worst;
+  if (world.rank() == 0 && witness != 0) LOG(ERROR) << doing << " failed on rank " << witness << ": " << verdict.reason;
+  return verdict;
+}
+
+std::string on_chief(ProcessGroup& world, Milliseconds timeout, const std::function<std::string()>& work) {
+  std::string text;
+  ExitCode code = ExitCode::kDone;
+  if (world.rank() == 0) {
+    try {
+      text = work();
+    } catch (const Error& error) {
+      code = error.exit_code();
+      text = error.what();
+    }
+  }
+  code = static_cast<ExitCode>(reduce(world, static_cast<int64_t>(code), ReduceOp::kMax, timeout));
+  broadcast_text(world, 0, text, timeout);
+  if (code != ExitCode::kDone) throw_as(code, text);
+  return text;
 }
 
 }  // namespace lockstep::checkpoint

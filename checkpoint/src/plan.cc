@@ -1,34 +1,56 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <map>
 
 #include <lockstep/format/tensor_file.h>
 
 namespace lockstep::checkpoint {
+namespace {
 
-std::vector<PlannedBox> plan_boxes(const std::vector<StateTensor>& state, int world_size) {
-  std::vector<PlannedBox> plan;
-  std::vector<int64_t> load(world_size, 0);
+struct Item {
+  PlannedBox planned;
+  int64_t bytes = 0;
+  std::vector<int> holders;  // ranks, rising
+};
+
+std::vector<Item> list_items(const std::vector<StateTensor>& state) {
+  std::vector<Item> items;
   for (size_t i = 0; i < state.size(); ++i) {
     const ShardLayout& layout = state[i].layout;
-    std::vector<Box> done;
-    for (const Box& box : layout.boxes) {
-      if (box.numel() == 0 || std::find(done.begin(), done.end(), box) != done.end()) continue;
-      done.push_back(box);
-      int owner = -1;
-      for (int rank = 0; rank < world_size; ++rank) {
-        if (layout.boxes[rank] == box && (owner < 0 || load[rank] < load[owner])) owner = rank;
-      }
-      load[owner] += box.numel() * format::item_bytes(layout.dtype);
-      plan.push_back({i, box, owner});
+    std::map<Box, std::vector<int>> holders;
+    for (size_t rank = 0; rank < layout.boxes.size(); ++rank) {
+      if (layout.boxes[rank].numel() > 0) holders[layout.boxes[rank]].push_back(static_cast<int>(rank));
     }
+    for (auto& [box, ranks] : holders)
+      items.push_back({{i, box, ranks.front()}, box.numel() * format::item_bytes(layout.dtype), std::move(ranks)});
   }
-  return plan;
+  return items;
 }
 
-void remove_leftover(Fs& fs, const std::string& directory) {
-  for (const std::string& name : fs.list_directory(directory)) fs.remove_file(directory + "/" + name);
-  fs.remove_directory(directory);
+}  // namespace
+
+std::vector<PlannedBox> plan_boxes(const std::vector<StateTensor>& state, int world_size) {
+  std::vector<Item> items = list_items(state);
+  std::vector<Item*> shared;
+  std::vector<int64_t> load(world_size, 0);
+  for (Item& item : items) {
+    if (item.holders.size() == 1) {
+      load[item.holders.front()] += item.bytes;
+    } else {
+      shared.push_back(&item);
+    }
+  }
+  std::stable_sort(shared.begin(), shared.end(), [](const Item* a, const Item* b) { return a->bytes > b->bytes; });
+  for (Item* item : shared) {
+    item->planned.owner = *std::min_element(item->holders.begin(), item->holders.end(),
+                                            [&](int a, int b) { return load[a] < load[b]; });  // the first of equals
+    load[item->planned.owner] += item->bytes;
+  }
+  std::vector<PlannedBox> plan;
+  plan.reserve(items.size());
+  for (Item& item : items) plan.push_back(std::move(item.planned));
+  return plan;
 }
 
 std::string describe(const std::string& dtype, const std::vector<int64_t>& shape) {

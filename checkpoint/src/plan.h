@@ -1,6 +1,6 @@
 #pragma once
 
-#include <cstdint>
+#include <cstddef>
 #include <string>
 #include <vector>
 
@@ -13,14 +13,15 @@ struct PlannedBox {
   size_t tensor = 0;  ///< index into the state
   Box box;
   int owner = 0;
+
+  friend bool operator==(const PlannedBox&, const PlannedBox&) = default;
 };
 
-/// Who writes what: a pure function of the layouts, so every rank derives it alone. Each distinct box goes to the least
-/// loaded of the ranks that hold it, in state order, so replicas share the writing.
+/// Who writes what: a pure function of the layouts, so every rank derives it alone. A box that one rank holds is its
+/// own; replicas go, largest first, each to the least loaded of its holders, so they share the writing by bytes. Boxes
+/// stay whole: a file can hold one box of a tensor only. In order of the state, then of the boxes.
+/// Cost: n log n for n boxes. Source: longest processing time first, Graham, SIAM J. Appl. Math. 17(2), 1969.
 std::vector<PlannedBox> plan_boxes(const std::vector<StateTensor>& state, int world_size);
-
-/// Removes an unfinished or retired checkpoint folder, file by file.
-void remove_leftover(Fs& fs, const std::string& directory);
 
 /// "F32 [3, 4]", for messages.
 std::string describe(const std::string& dtype, const std::vector<int64_t>& shape);

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <set>
 
 #include <lockstep/base/error.h>
 #include <lockstep/sharding/shard_layout.h>
@@ -14,6 +15,9 @@ ShardLayout ShardLayout::replicated(std::string name, std::vector<int64_t> shape
 ShardLayout ShardLayout::sharded(std::string name, std::vector<int64_t> shape, std::string dtype, int dim,
                                  int world_size) {
   ShardLayout layout{std::move(name), std::move(shape), std::move(dtype), {}};
+  LOCKSTEP_CHECK(dim >= 0 && static_cast<size_t>(dim) < layout.shape.size() && world_size > 0)
+      << layout.name << " has " << layout.shape.size() << " dims and cannot be cut along dim " << dim << " for "
+      << world_size << " ranks";
   const int64_t each = layout.shape[dim] / world_size, more = layout.shape[dim] % world_size;
   for (int rank = 0; rank < world_size; ++rank) {
     Box box = Box::whole(layout.shape);
@@ -25,18 +29,10 @@ ShardLayout ShardLayout::sharded(std::string name, std::vector<int64_t> shape, s
 }
 
 void ShardLayout::check() const {
-  std::vector<Box> distinct;
-  int64_t covered = 0;
-  for (const Box& box : boxes) {
-    if (box.numel() == 0 || std::find(distinct.begin(), distinct.end(), box) != distinct.end()) continue;
-    for (const Box& other : distinct) {
-      LOCKSTEP_CHECK(intersection(box, other).numel() == 0) << name << ": two ranks hold overlapping boxes";
-    }
-    distinct.push_back(box);
-    covered += box.numel();
-  }
-  LOCKSTEP_CHECK(covered == Box::whole(shape).numel())
-      << name << ": the boxes hold " << covered << " of " << Box::whole(shape).numel() << " elements";
+  const std::set<Box> distinct(boxes.begin(), boxes.end());  // replicas count once
+  LOCKSTEP_CHECK(tiles({distinct.begin(), distinct.end()}, shape))
+      << name << ": the " << distinct.size() << " distinct boxes of " << boxes.size()
+      << " ranks overlap, stick out or leave a gap";
 }
 
 }  // namespace lockstep

@@ -1,3 +1,5 @@
+#include <algorithm>
+#include <array>
 #include <cinttypes>
 #include <cstdio>
 
@@ -9,14 +11,24 @@
 #include <lockstep/format/checksum.h>
 
 namespace lockstep::format {
+namespace {
+
+std::string hex32(XXH128_hash_t hash) {
+  std::array<char, 33> text{};
+  std::snprintf(text.data(), text.size(), "%016" PRIx64 "%016" PRIx64, hash.high64, hash.low64);
+  return text.data();
+}
+
+}  // namespace
 
 uint32_t crc32c(std::span<const std::byte> bytes) {
   constexpr size_t kPiece = size_t{1} << 30;  // the library counts in int
-  uint32_t state = 0xffffffffu;
+  uint32_t state = 0xffffffffU;
   while (!bytes.empty()) {
     const auto piece = bytes.first(std::min(bytes.size(), kPiece));
-    state = crc32_iscsi(reinterpret_cast<unsigned char*>(const_cast<std::byte*>(piece.data())),
-                        static_cast<int>(piece.size()), state);
+    // The library's signature lacks const; it only reads.
+    auto* data = reinterpret_cast<unsigned char*>(const_cast<std::byte*>(piece.data()));
+    state = crc32_iscsi(data, static_cast<int>(piece.size()), state);
     bytes = bytes.subspan(piece.size());
   }
   return ~state;
@@ -25,18 +37,29 @@ uint32_t crc32c(std::span<const std::byte> bytes) {
 uint32_t crc32c(const std::string& text) { return crc32c(std::as_bytes(std::span(text.data(), text.size()))); }
 
 std::string hex8(uint32_t value) {
-  char text[9];
-  std::snprintf(text, sizeof(text), "%08" PRIx32, value);
-  return text;
+  std::array<char, 9> text{};
+  std::snprintf(text.data(), text.size(), "%08" PRIx32, value);
+  return text.data();
 }
 
-std::string digest(std::span<const std::byte> bytes) {
-  const XXH128_hash_t hash = XXH3_128bits(bytes.data(), bytes.size());
-  char hex[33];
-  std::snprintf(hex, sizeof(hex), "%016" PRIx64 "%016" PRIx64, hash.high64, hash.low64);
-  return hex;
-}
+std::string digest(std::span<const std::byte> bytes) { return hex32(XXH3_128bits(bytes.data(), bytes.size())); }
 
 std::string digest(const std::string& text) { return digest(std::as_bytes(std::span(text.data(), text.size()))); }
+
+struct Digester::State {
+  XXH3_state_t hash;
+};
+
+// XXH3's state asks for 64-byte alignment, which its own allocation function knows how to give.
+Digester::Digester() : state_(reinterpret_cast<State*>(XXH3_createState())) {
+  if (!state_) throw std::bad_alloc();
+  XXH3_128bits_reset(&state_->hash);
+}
+
+void Digester::FreeState::operator()(State* state) const noexcept { XXH3_freeState(&state->hash); }
+
+void Digester::add(std::span<const std::byte> bytes) { XXH3_128bits_update(&state_->hash, bytes.data(), bytes.size()); }
+
+std::string Digester::hex() const { return hex32(XXH3_128bits_digest(&state_->hash)); }
 
 }  // namespace lockstep::format

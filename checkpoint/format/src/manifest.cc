@@ -1,6 +1,8 @@
 #include <algorithm>
+#include <charconv>
 #include <cstdio>
-#include <regex>
+#include <set>
+#include <tuple>
 
 #include <lockstep/base/error.h>
 #include <lockstep/format/checksum.h>
@@ -16,7 +18,6 @@ using Json = nlohmann::ordered_json;
 
 constexpr const char* kMagic = "lockstep-checkpoint";
 constexpr int kVersion = 1;
-constexpr const char* kQuarantineName = "QUARANTINED";
 
 bool is_plain_name(const std::string& name) {
   return !name.empty() && name.size() <= 200 && name[0] != '.' &&
@@ -24,32 +25,43 @@ bool is_plain_name(const std::string& name) {
                      [](unsigned char c) { return std::isalnum(c) || c == '.' || c == '_' || c == '-'; });
 }
 
-void check_tiling(const std::string& key, const StoredTensor& tensor, const std::string& path) {
-  const std::string what = "tensor '" + key + "' in '" + path + "'";
-  int64_t covered = 0;
-  for (size_t i = 0; i < tensor.boxes.size(); ++i) {
-    const Box& box = tensor.boxes[i].box;
-    if (box.offsets.size() != tensor.shape.size() || box.sizes.size() != tensor.shape.size())
-      throw CorruptData(what + " has a box of another rank");
-    for (size_t d = 0; d < tensor.shape.size(); ++d) {
-      if (box.offsets[d] < 0 || box.sizes[d] < 0 || box.offsets[d] > tensor.shape[d] - box.sizes[d])
-        throw CorruptData(what + " has a box outside the tensor");
-    }
-    covered += box.numel();
-    for (size_t j = 0; j < i && box.numel() > 0; ++j) {
-      if (intersection(box, tensor.boxes[j].box).numel() > 0) throw CorruptData(what + " has overlapping boxes");
-    }
-  }
-  if (covered != checked_numel(tensor.shape, what)) throw CorruptData(what + " has boxes that do not fill it");
+Json parse_ours(const std::string& json, const char* what) {
+  Json parsed = json.empty() ? Json::object() : Json::parse(json, nullptr, /*allow_exceptions=*/false);
+  LOCKSTEP_CHECK(!parsed.is_discarded()) << what << " is not valid JSON: " << json;
+  return parsed;
 }
 
-template <typename T>
-T get(const nlohmann::json& json, const char* key, const std::string& path) {
-  try {
-    return json.at(key).get<T>();
-  } catch (const nlohmann::json::exception& error) {
-    throw CorruptData("'" + path + "': " + key + ": " + error.what());
+StoredFile parse_file(const nlohmann::json& json, const std::string& path) {
+  StoredFile file{.name = text_of(json, "name", path),
+                  .bytes = static_cast<uint64_t>(count_of(json, "bytes", path)),
+                  .header_crc = 0};
+  if (!is_plain_name(file.name)) throw CorruptData(path + " names a file '" + file.name + "' that could lie elsewhere");
+  const std::string crc = text_of(json, "header_crc32c", path);
+  const auto parsed = std::from_chars(crc.data(), crc.data() + crc.size(), file.header_crc, 16);
+  if (crc.size() != 8 || parsed.ec != std::errc() || parsed.ptr != crc.data() + 8)
+    throw CorruptData(path + " has a bad checksum for '" + file.name + "'");
+  return file;
+}
+
+StoredTensor parse_tensor(const nlohmann::json& json, size_t num_files, const std::string& what) {
+  StoredTensor tensor{.dtype = text_of(json, "dtype", what), .shape = counts_of(json, "shape", what), .boxes = {}};
+  int64_t bytes = 0;
+  if (__builtin_mul_overflow(checked_numel(tensor.shape, what), item_bytes(tensor.dtype), &bytes))
+    throw CorruptData(what + " has an impossible shape");
+  const auto& boxes = member_of(json, "boxes", what);
+  if (!boxes.is_array()) throw CorruptData(what + " has no list of boxes");
+  std::vector<Box> geometry;
+  std::set<size_t> files;
+  for (const auto& box : boxes) {
+    const auto file = static_cast<size_t>(count_of(box, "file", what));
+    if (file >= num_files)
+      throw CorruptData(what + " lies in file " + std::to_string(file) + " of " + std::to_string(num_files));
+    if (!files.insert(file).second) throw CorruptData(what + " lies twice in one file");
+    geometry.push_back({counts_of(box, "offsets", what), counts_of(box, "sizes", what)});
+    tensor.boxes.push_back({geometry.back(), file});
   }
+  if (!tiles(geometry, tensor.shape)) throw CorruptData(what + " has boxes that overlap, stick out or leave a gap");
+  return tensor;
 }
 
 }  // namespace
@@ -71,8 +83,8 @@ std::string encode_manifest(const Manifest& manifest) {
                      {"samples", manifest.samples},
                      {"world_size", manifest.world_size},
                      {"parent_step", manifest.parent_step},
-                     {"config", Json::parse(manifest.config_json)},
-                     {"record", Json::parse(manifest.record_json)},
+                     {"config", parse_ours(manifest.config_json, "the configuration")},
+                     {"record", parse_ours(manifest.record_json, "the run record")},
                      {"data", manifest.data_fingerprint},
                      {"files", files},
                      {"tensors", tensors}};
@@ -82,66 +94,53 @@ std::string encode_manifest(const Manifest& manifest) {
 
 Manifest parse_manifest(const std::string& text, const std::string& path) {
   constexpr size_t kTrailer = sizeof("crc32c 00000000\n") - 1;
+  const std::string what = "'" + path + "'";
   if (text.size() <= kTrailer || text.size() > kMaxManifestBytes)
-    throw CorruptData("'" + path + "' has " + std::to_string(text.size()) + " bytes, no manifest has");
+    throw CorruptData(what + " has " + std::to_string(text.size()) + " bytes, no manifest has");
   const std::string body = text.substr(0, text.size() - kTrailer);
   if (text.substr(body.size()) != "crc32c " + hex8(crc32c(body)) + "\n")
-    throw CorruptData("'" + path + "' fails its checksum");
+    throw CorruptData(what + " fails its checksum");
   const nlohmann::json json = strict_parse(body, path);
-  if (get<std::string>(json, "format", path) != kMagic) throw CorruptData("'" + path + "' is no lockstep checkpoint");
-  if (get<int>(json, "version", path) != kVersion) {
-    throw ConfigError("'" + path + "' has format version " + std::to_string(get<int>(json, "version", path)) +
-                      ", this program reads " + std::to_string(kVersion) + ". Mend: use a newer lockstep");
+  if (text_of(json, "format", what) != kMagic) throw CorruptData(what + " is no lockstep checkpoint");
+  if (const int64_t version = count_of(json, "version", what); version != kVersion) {
+    throw ConfigError(what + " has format version " + std::to_string(version) + ", this program reads " +
+                      std::to_string(kVersion) + ". Mend: use a newer lockstep");
   }
   Manifest manifest;
-  manifest.step = get<int64_t>(json, "step", path);
-  manifest.epoch = get<uint64_t>(json, "epoch", path);
-  manifest.samples = get<int64_t>(json, "samples", path);
-  manifest.world_size = get<int64_t>(json, "world_size", path);
-  manifest.parent_step = get<int64_t>(json, "parent_step", path);
-  manifest.config_json = get<nlohmann::json>(json, "config", path).dump();
-  manifest.record_json = get<nlohmann::json>(json, "record", path).dump();
-  manifest.data_fingerprint = get<std::string>(json, "data", path);
-  for (const auto& file : get<std::vector<nlohmann::json>>(json, "files", path)) {
-    StoredFile stored{.name = get<std::string>(file, "name", path), .bytes = get<uint64_t>(file, "bytes", path)};
-    const std::string crc = get<std::string>(file, "header_crc32c", path);
-    if (!is_plain_name(stored.name))
-      throw CorruptData("'" + path + "' names a file '" + stored.name + "' that could lie elsewhere");
-    char* end = nullptr;
-    stored.header_crc = static_cast<uint32_t>(std::strtoul(crc.c_str(), &end, 16));
-    if (crc.size() != 8 || *end != '\0')
-      throw CorruptData("'" + path + "' has a bad checksum for '" + stored.name + "'");
-    manifest.files.push_back(std::move(stored));
+  manifest.step = count_of(json, "step", what);
+  manifest.epoch = static_cast<uint64_t>(count_of(json, "epoch", what));
+  manifest.samples = count_of(json, "samples", what);
+  manifest.world_size = count_of(json, "world_size", what);
+  manifest.parent_step = integer_of(json, "parent_step", what);
+  manifest.config_json = member_of(json, "config", what).dump();
+  manifest.record_json = member_of(json, "record", what).dump();
+  manifest.data_fingerprint = text_of(json, "data", what);
+  const auto& files = member_of(json, "files", what);
+  if (!files.is_array()) throw CorruptData(what + " has no list of files");
+  std::set<std::string> names;
+  for (const auto& file : files) {
+    manifest.files.push_back(parse_file(file, what));
+    const std::string& name = manifest.files.back().name;
+    if (!names.insert(name).second) throw CorruptData(what + " lists the file '" + name + "' twice");
   }
-  const auto tensors = get<nlohmann::json>(json, "tensors", path);
-  if (!tensors.is_object() || tensors.size() > kMaxTensors) throw CorruptData("'" + path + "' has no list of tensors");
+  const auto& tensors = member_of(json, "tensors", what);
+  if (!tensors.is_object() || tensors.size() > kMaxTensors) throw CorruptData(what + " has no list of tensors");
   for (const auto& [key, value] : tensors.items()) {
-    if (key.empty() || key.size() > kMaxNameBytes)
-      throw CorruptData("'" + path + "' has a tensor name of " + std::to_string(key.size()) + " bytes");
-    StoredTensor tensor{.dtype = get<std::string>(value, "dtype", path),
-                        .shape = get<std::vector<int64_t>>(value, "shape", path)};
-    item_bytes(tensor.dtype);
-    for (const auto& box : get<std::vector<nlohmann::json>>(value, "boxes", path)) {
-      StoredBox stored{{get<std::vector<int64_t>>(box, "offsets", path), get<std::vector<int64_t>>(box, "sizes", path)},
-                       get<size_t>(box, "file", path)};
-      if (stored.file >= manifest.files.size())
-        throw CorruptData("'" + path + "': tensor '" + key + "' lies in file " + std::to_string(stored.file) + " of " +
-                          std::to_string(manifest.files.size()));
-      tensor.boxes.push_back(std::move(stored));
-    }
-    check_tiling(key, tensor, path);
-    manifest.tensors.emplace(key, std::move(tensor));
+    if (!is_tensor_name(key)) throw CorruptData(what + " has a tensor without a lawful name");
+    manifest.tensors.emplace(key, parse_tensor(value, manifest.files.size(), "tensor '" + key + "' in " + what));
   }
   return manifest;
 }
 
+bool is_weights_section(const std::string& section) { return section == kWeights || section == kBuffers; }
+
 std::string tensor_key(const std::string& section, const std::string& name) {
-  return section == "weights" ? name : section + ":" + name;
+  return section == kWeights ? name : section + ":" + name;
 }
 
 std::string section_of(const std::string& key) {
   const size_t colon = key.find(':');
-  return colon == std::string::npos ? "weights" : key.substr(0, colon);
+  return colon == std::string::npos ? kWeights : key.substr(0, colon);
 }
 
 std::string directory_name(int64_t step, uint64_t epoch) {
@@ -159,14 +158,14 @@ std::string shard_name(int64_t rank, int64_t world_size) {
 }
 
 std::vector<Candidate> list_candidates(Fs& fs, const std::string& checkpoints_directory) {
-  static const std::regex pattern("step-([0-9]{8,18})\\.e([0-9]{4,18})");
   std::vector<Candidate> candidates;
   if (!fs.exists(checkpoints_directory)) return candidates;
   for (const std::string& name : fs.list_directory(checkpoints_directory)) {
-    std::smatch match;
-    if (!std::regex_match(name, match, pattern)) continue;
-    Candidate candidate{
-        .step = std::stoll(match[1]), .epoch = std::stoull(match[2]), .path = checkpoints_directory + "/" + name};
+    long long step = 0;
+    unsigned long long epoch = 0;
+    if (std::sscanf(name.c_str(), "step-%18lld.e%18llu", &step, &epoch) != 2 || directory_name(step, epoch) != name)
+      continue;  // not ours: one spelling for each (step, epoch), so that no two folders claim one place in the order
+    Candidate candidate{.step = step, .epoch = epoch, .path = checkpoints_directory + "/" + name};
     candidate.complete = fs.exists(candidate.path + "/" + kManifestName);
     candidate.quarantined = fs.exists(candidate.path + "/" + kQuarantineName);
     candidates.push_back(std::move(candidate));
@@ -176,14 +175,19 @@ std::vector<Candidate> list_candidates(Fs& fs, const std::string& checkpoints_di
   return candidates;
 }
 
-std::string resolve_checkpoint(Fs& fs, const std::string& path) {
-  if (fs.exists(path + "/" + kManifestName)) return path;
-  for (const Candidate& candidate : list_candidates(fs, path + "/checkpoints")) {
-    if (candidate.complete && !candidate.quarantined) return candidate.path;
+std::optional<Candidate> newest_complete(Fs& fs, const std::string& checkpoints_directory) {
+  for (Candidate& candidate : list_candidates(fs, checkpoints_directory)) {
+    if (candidate.complete && !candidate.quarantined) return std::move(candidate);
   }
-  throw ConfigError(
-      "'" + path +
-      "' is neither a checkpoint nor a run with a durable one. Mend: name a folder step-….e…, or a --run_dir");
+  return std::nullopt;
+}
+
+std::string resolve_checkpoint(Fs& fs, const std::string& checkpoint_or_run) {
+  if (fs.exists(checkpoint_or_run + "/" + kManifestName)) return checkpoint_or_run;
+  if (const auto newest = newest_complete(fs, checkpoint_or_run + "/checkpoints")) return newest->path;
+  throw ConfigError("'" + checkpoint_or_run +
+                    "' is neither a checkpoint nor a run with a durable one. Mend: name a folder step-….e…, or a "
+                    "--run_dir");
 }
 
 }  // namespace lockstep::format

@@ -55,7 +55,7 @@ void Reader::open_shard(Fs& fs, const StoredFile& stored) {
   if (crc32c(head) != stored.header_crc) throw CorruptData("'" + path + "': the header fails its checksum");
   TensorHeader header = parse_header(head, stored.bytes, path);
   shard.data_start = header.data_start;
-  const auto crcs = strict_parse(header.metadata[kCrcKey], path + "' (" + kCrcKey + ")'");
+  const auto crcs = strict_parse(header.metadata[kCrcKey], path + " (" + kCrcKey + ")");
   if (!crcs.is_object()) throw CorruptData("'" + path + "' has no chunk checksums");
   for (TensorEntry& entry : header.tensors) {
     const auto hex = crcs.find(entry.name);

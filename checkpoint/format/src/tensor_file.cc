@@ -10,6 +10,7 @@ namespace lockstep::format {
 namespace {
 
 constexpr uint64_t kAlignment = 64;
+constexpr const char* kMetadataKey = "__metadata__";
 
 const std::map<std::string, int64_t>& dtype_sizes() {
   static const std::map<std::string, int64_t> sizes = {{"F64", 8}, {"F32", 4},  {"F16", 2},     {"BF16", 2},
@@ -20,26 +21,14 @@ const std::map<std::string, int64_t>& dtype_sizes() {
 
 TensorEntry parse_entry(const std::string& name, const nlohmann::json& json, const std::string& path) {
   const std::string what = "tensor '" + name + "' in '" + path + "'";
-  if (name.empty() || name.size() > kMaxNameBytes)
-    throw CorruptData("a tensor in '" + path + "' has a name of " + std::to_string(name.size()) + " bytes");
+  if (!is_tensor_name(name)) throw CorruptData(what + " has no lawful name");
   TensorEntry entry{.name = name};
-  std::vector<uint64_t> offsets;
-  try {
-    entry.dtype = json.at("dtype").get<std::string>();
-    for (const auto& size : json.at("shape")) {
-      if (!size.is_number_unsigned()) throw CorruptData(what + " has a shape that is not made of counts");
-      entry.shape.push_back(size.get<int64_t>());
-    }
-    for (const auto& offset : json.at("data_offsets")) {
-      if (!offset.is_number_unsigned()) throw CorruptData(what + " has offsets that are not counts");
-      offsets.push_back(offset.get<uint64_t>());
-    }
-  } catch (const nlohmann::json::exception& error) {
-    throw CorruptData(what + ": " + error.what());
-  }
+  entry.dtype = text_of(json, "dtype", what);
+  entry.shape = counts_of(json, "shape", what);
+  const std::vector<int64_t> offsets = counts_of(json, "data_offsets", what);
   if (offsets.size() != 2 || offsets[0] > offsets[1]) throw CorruptData(what + " has bad data_offsets");
-  entry.begin = offsets[0];
-  entry.end = offsets[1];
+  entry.begin = static_cast<uint64_t>(offsets[0]);
+  entry.end = static_cast<uint64_t>(offsets[1]);
   int64_t bytes = 0;
   if (__builtin_mul_overflow(checked_numel(entry.shape, what), item_bytes(entry.dtype), &bytes) ||
       static_cast<uint64_t>(bytes) != entry.end - entry.begin) {
@@ -50,6 +39,11 @@ TensorEntry parse_entry(const std::string& name, const nlohmann::json& json, con
 }
 
 }  // namespace
+
+bool is_tensor_name(const std::string& name) {
+  return !name.empty() && name.size() <= kMaxNameBytes && name != kMetadataKey &&
+         std::none_of(name.begin(), name.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; });
+}
 
 int64_t item_bytes(const std::string& dtype) {
   const auto found = dtype_sizes().find(dtype);
@@ -69,9 +63,10 @@ int64_t checked_numel(const std::vector<int64_t>& shape, const std::string& what
 
 std::string encode_header(std::vector<TensorEntry>& tensors, const std::map<std::string, std::string>& metadata) {
   nlohmann::ordered_json json = nlohmann::ordered_json::object();
-  if (!metadata.empty()) json["__metadata__"] = metadata;
+  if (!metadata.empty()) json[kMetadataKey] = metadata;
   uint64_t offset = 0;
   for (TensorEntry& tensor : tensors) {
+    LOCKSTEP_CHECK(is_tensor_name(tensor.name)) << "'" << tensor.name << "' cannot name a tensor in a file";
     const auto bytes =
         static_cast<uint64_t>(checked_numel(tensor.shape, "tensor '" + tensor.name + "'") * item_bytes(tensor.dtype));
     tensor.begin = offset;
@@ -85,20 +80,33 @@ std::string encode_header(std::vector<TensorEntry>& tensors, const std::map<std:
   return std::string(reinterpret_cast<const char*>(&length), sizeof(length)) + text;  // little-endian, as this machine
 }
 
+std::string read_head(const File& file, const std::string& path) {
+  const uint64_t file_bytes = file.size();
+  uint64_t length = 0;
+  if (file_bytes < sizeof(length))
+    throw CorruptData("'" + path + "' has " + std::to_string(file_bytes) + " bytes, too few for a safetensors file");
+  file.read_at(0, std::as_writable_bytes(std::span(&length, 1)));
+  if (length > kMaxHeaderBytes || length > file_bytes - sizeof(length)) {
+    throw CorruptData("'" + path + "' claims a header of " + std::to_string(length) + " bytes in a file of " +
+                      std::to_string(file_bytes));
+  }
+  std::string head(sizeof(length) + length, '\0');
+  file.read_at(0, std::as_writable_bytes(std::span(head.data(), head.size())));
+  return head;
+}
+
 TensorHeader parse_header(const std::string& head, uint64_t file_bytes, const std::string& path) {
   uint64_t length = 0;
   if (head.size() < sizeof(length)) throw CorruptData("'" + path + "' is too short to be a safetensors file");
   std::memcpy(&length, head.data(), sizeof(length));
-  if (length > kMaxHeaderBytes || length > file_bytes - sizeof(length) || head.size() < sizeof(length) + length) {
-    throw CorruptData("'" + path + "' claims a header of " + std::to_string(length) + " bytes in a file of " +
-                      std::to_string(file_bytes));
-  }
+  if (length > kMaxHeaderBytes || head.size() - sizeof(length) < length || file_bytes < head.size())
+    throw CorruptData("'" + path + "' has a header of another length than it claims");
   const nlohmann::json json = strict_parse(head.substr(sizeof(length), length), path);
   if (!json.is_object()) throw CorruptData("'" + path + "' has a header that is no JSON object");
   TensorHeader header;
   header.data_start = sizeof(length) + length;
   for (const auto& [name, value] : json.items()) {
-    if (name != "__metadata__") {
+    if (name != kMetadataKey) {
       header.tensors.push_back(parse_entry(name, value, path));
       continue;
     }
@@ -125,18 +133,7 @@ TensorHeader parse_header(const std::string& head, uint64_t file_bytes, const st
 }
 
 TensorHeader read_header(const File& file, const std::string& path) {
-  const uint64_t size = file.size();
-  std::string head(sizeof(uint64_t), '\0');
-  if (size < head.size())
-    throw CorruptData("'" + path + "' has " + std::to_string(size) + " bytes, too short to be a safetensors file");
-  file.read_at(0, std::as_writable_bytes(std::span(head.data(), head.size())));
-  uint64_t length = 0;
-  std::memcpy(&length, head.data(), sizeof(length));
-  if (length <= std::min(kMaxHeaderBytes, size - head.size())) {  // parse_header refuses the rest
-    head.resize(sizeof(length) + length);
-    file.read_at(0, std::as_writable_bytes(std::span(head.data(), head.size())));
-  }
-  return parse_header(head, size, path);
+  return parse_header(read_head(file, path), file.size(), path);
 }
 
 }  // namespace lockstep::format

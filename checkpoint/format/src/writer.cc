@@ -17,10 +17,9 @@ std::string header_with(std::vector<TensorEntry>& entries, const std::vector<Box
     sharding[boxes[i].key] = {{"saved_offsets", boxes[i].box.offsets}};
     checksums[boxes[i].key] = crcs[i];
   }
-  return encode_header(entries, {{"format", "pt"},
-                                 {"DCP_VERSION", "1.0"},
-                                 {"DCP_SHARDING_INFO", sharding.dump()},
-                                 {"LOCKSTEP_CRC32C", checksums.dump()}});
+  return encode_header(
+      entries,
+      {{"format", "pt"}, {"DCP_VERSION", "1.0"}, {"DCP_SHARDING_INFO", sharding.dump()}, {kCrcKey, checksums.dump()}});
 }
 
 }  // namespace
@@ -30,7 +29,9 @@ void write_shard(Fs& fs, const std::string& path, const std::vector<BoxToWrite>&
   std::vector<std::string> crcs;
   uint64_t data_bytes = 0;
   for (const BoxToWrite& box : boxes) {
-    entries.push_back({.name = box.key, .dtype = box.dtype, .shape = box.box.sizes});
+    LOCKSTEP_CHECK(box.bytes.size() == static_cast<uint64_t>(box.box.numel() * item_bytes(box.dtype)))
+        << "tensor '" << box.key << "' brings " << box.bytes.size() << " bytes for " << box.box.numel() << " elements";
+    entries.push_back({.name = box.key, .dtype = box.dtype, .shape = box.box.sizes, .begin = 0, .end = 0});
     crcs.emplace_back(8 * ((box.bytes.size() + kChunkBytes - 1) / kChunkBytes), '0');
     data_bytes += box.bytes.size();
   }
@@ -51,6 +52,15 @@ void write_shard(Fs& fs, const std::string& path, const std::vector<BoxToWrite>&
   file->write_at(0, std::as_bytes(std::span(header.data(), header.size())));
   file->sync();
   file->close();
+}
+
+StoredFile describe_shard(Fs& fs, const std::string& directory, const std::string& name) {
+  const std::string path = directory + "/" + name;
+  const auto file = fs.open_read(path);
+  const std::string head = read_head(*file, path);
+  const uint64_t bytes = file->size();
+  parse_header(head, bytes, path);
+  return {name, bytes, crc32c(head)};
 }
 
 }  // namespace lockstep::format

@@ -10,6 +10,7 @@
 
 #include <lockstep/base/fs.h>
 #include <lockstep/collectives/process_group.h>
+#include <lockstep/format/fencing.h>
 #include <lockstep/sharding/shard_layout.h>
 
 namespace lockstep::checkpoint {
@@ -18,21 +19,20 @@ namespace lockstep::checkpoint {
 std::string dtype_name(at::ScalarType type);
 
 /// Makes this start the owner of the run directory: creates epoch/E with E = highest + 1. Collective.
-/// @throws Fenced when an earlier start still lives (same host: its process exists; another host: its heartbeat moves
-/// while we watch),
-///         unless `take_over`.
+/// @throws Fenced on every rank, when an earlier start still lives (same boot: its process exists; another host: its
+/// heartbeat moves while we watch), unless `starter.take_over`.
+uint64_t acquire_epoch(Fs& fs, ProcessGroup& world, const std::string& run_dir, const format::Starter& starter);
 uint64_t acquire_epoch(Fs& fs, ProcessGroup& world, const std::string& run_dir, bool take_over);
-/// Signs off: the next start need not wait. Rank 0, at the orderly end.
-void release_epoch(Fs& fs, const std::string& run_dir, uint64_t epoch);
-/// Shows a starter on another host that we live. Rank 0, now and then.
-void beat(Fs& fs, const std::string& run_dir, uint64_t epoch, uint64_t count);
+using format::beat;           ///< rank 0, now and then
+using format::release_epoch;  ///< rank 0, at the orderly end
 
 /// One tensor of the state on this rank: its global layout and the box that lives here (numel 0 where this rank holds
 /// nothing).
 struct StateTensor {
-  std::string section;  ///< "weights" or an optimizer state's kind ("exp_avg", ...): digests are per section family
+  /// "weights", "buffers", or an optimizer state's kind ("exp_avg", ...): digests are per section family. No ':'.
+  std::string section;
   ShardLayout layout;
-  at::Tensor local;  ///< contiguous, CPU or GPU
+  at::Tensor local;  ///< CPU or GPU; contiguous on the CPU it is written from and read into in place, without a copy
 };
 
 /// Everything else a resume needs, equal on all ranks; goes into the manifest.
@@ -45,41 +45,52 @@ struct Progress {
 };
 
 struct Options {
-  std::string run_dir;    ///< checkpoints lie in its checkpoints/
-  int64_t keep_last = 3;  ///< >= 2
-  uint64_t epoch = 1;     ///< fencing epoch of this start
-  Milliseconds timeout = ProcessGroup::kDefaultTimeout;
+  std::string run_dir;                                   ///< checkpoints lie in its checkpoints/
+  int64_t keep_last = 3;                                 ///< >= 2: one to fall back to
+  uint64_t epoch = 1;                                    ///< fencing epoch of this start
+  Milliseconds timeout = ProcessGroup::kDefaultTimeout;  ///< for waiting at the slowest rank's storage
 };
 
 /// Writes and reads checkpoints by the protocol in README.md, files as in checkpoint/format/FORMAT.md. No planning
-/// collectives: each rank derives the plan from the layouts. Collective over `world`: all members.
+/// collectives: each rank derives the plan from the layouts; ranks only agree on how each step went.
+///
+/// Collective over `world`: all members, with the same layouts in the same order. Threads: one at a time.
 class Store {
  public:
   Store(Fs& fs, ProcessGroup& world, Options options);
 
-  /// Saves; returns when durable (all fsyncs done) on every rank. @return false when some rank failed: nothing of the
-  /// attempt is left, training may go on; the reason is logged on the rank that failed. @throws Fenced a newer start
-  /// owns the run.
+  /// Saves; returns when durable (all fsyncs done) on every rank.
+  /// @return false when some rank failed: nothing of the attempt is left, older checkpoints are as they were, training
+  ///         may go on; the reason is logged on the rank that failed. Also when this start has saved this step before.
+  /// @throws Fenced on every rank, when a newer start owns the run. CheckFailed a tensor that does not fit its layout.
   bool save(const Progress& progress, const std::vector<StateTensor>& state);
 
   /// Loads the newest good checkpoint into `state`'s tensors, every byte verified in the buffer handed to them; falls
-  /// back to older ones together on all ranks, loudly. @return nullopt when the directory holds no checkpoint at all.
-  /// @throws CorruptData when there are checkpoints but none is good (never a silent fresh start). @throws ConfigError
-  /// a tensor is missing or has another shape, with a diff.
+  /// back to older ones together on all ranks, loudly, and puts damaged ones in quarantine (a file QUARANTINED in the
+  /// folder: later loads pass it by). Removes what earlier starts left unfinished. Any saved layout loads into any
+  /// other.
+  /// @return nullopt when the directory holds no checkpoint at all.
+  /// @throws CorruptData when there are checkpoints but none is good (never a silent fresh start). ConfigError a tensor
+  ///         is missing or has another shape, with a diff. Error (74) when storage says "not now" (too many open
+  ///         files, stale handle, ...): falling back would lose steps that are safe.
   std::optional<Progress> load_newest(const std::vector<StateTensor>& state);
 
-  /// Loads one checkpoint folder given by path. `weights_only`: other sections are left as they are.
+  /// Loads one checkpoint: a folder that holds a MANIFEST, or a run (its newest). `weights_only`: other sections than
+  /// "weights" and "buffers" are left as they are. No fall-back: what was asked for, or an exception as above.
   Progress load(const std::string& path, const std::vector<StateTensor>& state, bool weights_only = false);
 
   double last_save_seconds() const { return last_save_seconds_; }
 
  private:
+  void prepare(const std::string& directory);
   void write_own_shard(const std::string& directory, const std::vector<StateTensor>& state);
   void commit(const std::string& directory, const Progress& progress, const std::vector<StateTensor>& state);
-  void abandon(const std::string& directory);
+  void abandon(const std::string& directory, const std::string& doing);
   void retire_old();
   void check_not_fenced();
-  void read_into(const std::string& path, const std::vector<StateTensor>& state, bool weights_only, Progress& progress);
+  std::string list_newest_first(bool& any);
+  Progress read_into(const std::string& path, const std::vector<StateTensor>& state, bool weights_only);
+  void check_state(const std::vector<StateTensor>& state) const;
   std::string checkpoints() const { return options_.run_dir + "/checkpoints"; }
 
   Fs& fs_;

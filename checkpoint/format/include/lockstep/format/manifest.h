@@ -46,10 +46,18 @@ inline constexpr const char* kManifestName = "MANIFEST";
 inline constexpr uint64_t kMaxManifestBytes = 64 << 20;
 inline constexpr size_t kMaxTensors = 1'000'000;
 
+/// @throws CheckFailed config_json or record_json is no JSON.
 std::string encode_manifest(const Manifest& manifest);
 /// @throws CorruptData checksum, syntax, limits, a file name that could leave the folder, boxes that do not tile their
-/// tensor.
+/// tensor; ConfigError a format version this program does not know.
 Manifest parse_manifest(const std::string& text, const std::string& path);
+
+inline constexpr const char* kQuarantineName = "QUARANTINED";  ///< an empty file: a load found the folder damaged
+
+inline constexpr const char* kWeights = "weights";  ///< parameters
+inline constexpr const char* kBuffers = "buffers";  ///< what a model keeps beside them, e.g. batch norm's averages
+/// Whether a section is part of the model, not of the optimizer.
+bool is_weights_section(const std::string& section);
 
 /// "weights" keys are plain names: other readers see a usual model file.
 std::string tensor_key(const std::string& section, const std::string& name);
@@ -68,6 +76,8 @@ std::string directory_name(int64_t step, uint64_t epoch);
 std::string shard_name(int64_t rank, int64_t world_size);
 /// Newest first: by epoch, then step. Other names are ignored.
 std::vector<Candidate> list_candidates(Fs& fs, const std::string& checkpoints_directory);
+/// The first in that order that is complete and not in quarantine.
+std::optional<Candidate> newest_complete(Fs& fs, const std::string& checkpoints_directory);
 /// The checkpoint a path means: itself when it has a MANIFEST, else the newest complete one of the run it is.
 /// @throws ConfigError when there is none.
 std::string resolve_checkpoint(Fs& fs, const std::string& checkpoint_or_run);

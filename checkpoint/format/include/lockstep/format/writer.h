@@ -6,6 +6,7 @@
 
 #include <lockstep/base/fs.h>
 #include <lockstep/format/box.h>
+#include <lockstep/format/manifest.h>
 
 namespace lockstep::format {
 
@@ -20,6 +21,11 @@ struct BoxToWrite {
 /// Writes one shard file durably: space reserved first, data with a CRC32C a chunk, then the header whose room was
 /// kept, fdatasync, close. The file is a valid safetensors file; its metadata lets torch's HuggingFaceStorageReader
 /// reshard it. @throws IoError.
+/// CheckFailed: bytes that do not fit their box.
 void write_shard(Fs& fs, const std::string& path, const std::vector<BoxToWrite>& boxes);
+
+/// A shard as a manifest lists it, from opening the finished file anew and parsing its header. @throws CorruptData,
+/// IoError.
+StoredFile describe_shard(Fs& fs, const std::string& directory, const std::string& name);
 
 }  // namespace lockstep::format

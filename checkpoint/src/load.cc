@@ -1,0 +1,132 @@
+// Store's reading half: which checkpoint, agreed by all ranks, and its bytes into this rank's boxes.
+#include <ATen/ops/empty_like.h>
+
+#include <lockstep/base/error.h>
+#include <lockstep/base/log.h>
+#include <lockstep/checkpoint/checkpoint.h>
+#include <lockstep/format/manifest.h>
+#include <lockstep/format/reader.h>
+
+#include "agree.h"
+#include "plan.h"
+#include "save.h"
+#include "tensor_bytes.h"
+
+namespace lockstep::checkpoint {
+namespace {
+
+// Empty when the model's tensors (of the sections asked for) are all in the checkpoint, of the same dtype and shape.
+std::string difference(const format::Manifest& manifest, const std::vector<const StateTensor*>& wanted) {
+  std::string text;
+  for (const StateTensor* tensor : wanted) {
+    const ShardLayout& layout = tensor->layout;
+    const auto found = manifest.tensors.find(format::tensor_key(tensor->section, layout.name));
+    if (found == manifest.tensors.end()) {
+      text += "\n  " + tensor->section + " " + layout.name + " is not in the checkpoint";
+    } else if (found->second.shape != layout.shape || found->second.dtype != layout.dtype) {
+      text += "\n  " + tensor->section + " " + layout.name + ": " + describe(found->second.dtype, found->second.shape) +
+              " in the checkpoint, " + describe(layout.dtype, layout.shape) + " in the model";
+    }
+  }
+  return text;
+}
+
+}  // namespace
+
+Progress Store::read_into(const std::string& path, const std::vector<StateTensor>& state, bool weights_only) {
+  const format::Reader reader(fs_, path);
+  const format::Manifest& manifest = reader.manifest();
+  std::vector<const StateTensor*> wanted;
+  for (const StateTensor& tensor : state) {
+    if (!weights_only || format::is_weights_section(tensor.section)) wanted.push_back(&tensor);
+  }
+  if (const std::string text = difference(manifest, wanted); !text.empty()) {
+    throw ConfigError("the model does not fit the checkpoint '" + path + "':" + text +
+                      "\nMend: start with the flags it was trained with");
+  }
+  for (const StateTensor* tensor : wanted) {
+    if (tensor->local.numel() == 0) continue;
+    const bool in_place = tensor->local.is_cpu() && tensor->local.is_contiguous();
+    const at::Tensor host =
+        in_place ? tensor->local
+                 : at::empty_like(tensor->local, at::TensorOptions(at::kCPU), at::MemoryFormat::Contiguous);
+    reader.read(format::tensor_key(tensor->section, tensor->layout.name), tensor->layout.boxes[world_.rank()],
+                bytes_of(host));
+    if (!in_place) tensor->local.detach().copy_(host);
+  }
+  return {.step = manifest.step,
+          .samples = manifest.samples,
+          .config_json = manifest.config_json,
+          .record_json = manifest.record_json,
+          .data_fingerprint = manifest.data_fingerprint};
+}
+
+// Paths a line each. Rank 0's view decides for all: listings of a network file system may differ between hosts.
+std::string Store::list_newest_first(bool& any) {
+  const std::string listing = on_chief(world_, options_.timeout, [&] {
+    std::string text;
+    bool found = false;
+    for (const format::Candidate& candidate : format::list_candidates(fs_, checkpoints())) {
+      // Without a manifest: left by a start that died. One that superseded us may still be writing; leave it alone.
+      if (!candidate.complete && candidate.epoch <= options_.epoch) remove_unfinished(fs_, candidate.path);
+      if (!candidate.complete) continue;
+      found = true;
+      if (!candidate.quarantined) text += candidate.path + "\n";
+    }
+    return (found ? "+" : "-") + text;
+  });
+  any = listing[0] == '+';
+  return listing.substr(1);
+}
+
+std::optional<Progress> Store::load_newest(const std::vector<StateTensor>& state) {
+  check_state(state);
+  bool any = false;
+  const std::string listing = list_newest_first(any);
+  if (!any) return std::nullopt;
+  std::string reasons;
+  for (size_t begin = 0; begin < listing.size();) {
+    const size_t end = listing.find('\n', begin);
+    const std::string path = listing.substr(begin, end - begin);
+    begin = end + 1;
+    Progress progress;
+    const Verdict verdict = attempt(world_, "loading '" + path + "'", options_.timeout,
+                                    [&] { progress = read_into(path, state, /*weights_only=*/false); });
+    if (verdict.outcome == Outcome::kDone) {
+      parent_step_ = progress.step;
+      if (world_.rank() == 0) LOG(INFO) << "resuming from " << path;
+      return progress;
+    }
+    if (verdict.outcome == Outcome::kBusy) throw Error(ExitCode::kStorage, verdict.reason);
+    reasons += "\n  " + verdict.reason;
+    if (world_.rank() == 0) {
+      const bool damaged = verdict.outcome == Outcome::kCorrupt;
+      LOG(ERROR) << "'" << path << "' " << (damaged ? "is damaged and put in quarantine" : "cannot be read")
+                 << "; falling back to the checkpoint before it";
+      if (damaged) {
+        try_here("marking '" + path + "'",
+                 [&] { fs_.create_exclusive(path + "/" + format::kQuarantineName, 0600)->close(); });
+      }
+    }
+  }
+  throw CorruptData(
+      "no checkpoint in '" + checkpoints() + "' is good:" + reasons +
+      (reasons.empty() ? "\n  all are in quarantine since an earlier start" : "") +
+      "\nMend: look at them with lockstep verify (a file QUARANTINED in a good one may be removed); start "
+      "over only on purpose, with --resume=never or another --run_dir");
+}
+
+Progress Store::load(const std::string& path, const std::vector<StateTensor>& state, bool weights_only) {
+  check_state(state);
+  const std::string resolved =
+      on_chief(world_, options_.timeout, [&] { return format::resolve_checkpoint(fs_, path); });
+  Progress progress;
+  const Verdict verdict = attempt(world_, "loading '" + resolved + "'", options_.timeout,
+                                  [&] { progress = read_into(resolved, state, weights_only); });
+  if (verdict.outcome == Outcome::kCorrupt) throw CorruptData(verdict.reason);
+  if (verdict.outcome != Outcome::kDone) throw Error(ExitCode::kStorage, verdict.reason);
+  if (!weights_only) parent_step_ = progress.step;
+  return progress;
+}
+
+}  // namespace lockstep::checkpoint
