@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Runs every test of build/release, then the torch-free ones under ASan+UBSan and TSan. Prints the time of each stage and, at the end,
+# every skipped test with its reason: nothing is skipped silently.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+jobs=$(nproc)
+failed=0
+logs=build/test-logs; mkdir -p "$logs"
+
+stage() {  # stage NAME COMMAND...
+  local name=$1 start=$SECONDS; shift
+  echo "=== $name"
+  "$@" || { failed=1; echo "=== $name FAILED"; }
+  echo "=== $name took $((SECONDS - start)) s"
+}
+
+sanitizer() {  # sanitizer PRESET
+  cmake --preset "$1" > "$logs/$1-configure.log" 2>&1 || { cat "$logs/$1-configure.log"; return 1; }
+  cmake --build "build/$1" -j "$jobs" --target torch_free_tests > "$logs/$1-build.log" 2>&1 || { tail -40 "$logs/$1-build.log"; return 1; }
+  ctest --test-dir "build/$1" -L torch_free -j "$jobs" --output-on-failure --no-tests=error --output-log "$logs/$1.log"
+}
+
+export UBSAN_OPTIONS=print_stacktrace=1 LSAN_OPTIONS=suppressions=$PWD/tests/support/lsan.supp TSAN_OPTIONS="suppressions=$PWD/tests/support/tsan.supp halt_on_error=1"
+stage "address sanitizer" sanitizer asan
+stage "thread sanitizer" sanitizer tsan
+stage "all tests" ctest --test-dir build/release -j "$jobs" --output-on-failure --no-tests=error --output-log "$logs/release.log" -V -Q
+tail -n 30 "$logs/release.log" | grep -E "tests passed|Test time|FAILED|Failed" || true
+
+# GoogleTest prints "[  SKIPPED ] Name" after the reason; scripts print "SKIPPED: name: reason".
+grep -hE "SKIPPED: " "$logs"/*.log | sed 's/^[0-9]*: //' | sort -u > "$logs/skipped" || true
+grep -hB1 -E "\[  SKIPPED \] .*\(" "$logs/release.log" | sed 's/^[0-9]*: //' | grep -v '^--' | paste - - | sort -u >> "$logs/skipped" || true
+echo "skipped: $(wc -l < "$logs/skipped")"
+cat "$logs/skipped"
+grep -hE "^[0-9]+% tests passed" "$logs"/{asan,tsan,release}.log
+exit $failed
