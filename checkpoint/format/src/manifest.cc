@@ -35,7 +35,8 @@ StoredFile parse_file(const nlohmann::json& json, const std::string& path) {
   StoredFile file{.name = text_of(json, "name", path),
                   .bytes = static_cast<uint64_t>(count_of(json, "bytes", path)),
                   .header_crc = 0};
-  if (!is_plain_name(file.name)) throw CorruptData(path + " names a file '" + file.name + "' that could lie elsewhere");
+  if (!is_plain_name(file.name))
+    throw CorruptData(path + " names a file " + nlohmann::json(file.name).dump() + " that could lie elsewhere");
   const std::string crc = text_of(json, "header_crc32c", path);
   const auto parsed = std::from_chars(crc.data(), crc.data() + crc.size(), file.header_crc, 16);
   if (crc.size() != 8 || parsed.ec != std::errc() || parsed.ptr != crc.data() + 8)
@@ -163,7 +164,8 @@ std::vector<Candidate> list_candidates(Fs& fs, const std::string& checkpoints_di
   for (const std::string& name : fs.list_directory(checkpoints_directory)) {
     long long step = 0;
     unsigned long long epoch = 0;
-    if (std::sscanf(name.c_str(), "step-%18lld.e%18llu", &step, &epoch) != 2 || directory_name(step, epoch) != name)
+    if (std::sscanf(name.c_str(), "step-%18lld.e%18llu", &step, &epoch) != 2 || step < 0 ||
+        directory_name(step, epoch) != name)
       continue;  // not ours: one spelling for each (step, epoch), so that no two folders claim one place in the order
     Candidate candidate{.step = step, .epoch = epoch, .path = checkpoints_directory + "/" + name};
     candidate.complete = fs.exists(candidate.path + "/" + kManifestName);

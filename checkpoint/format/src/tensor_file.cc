@@ -19,6 +19,8 @@ const std::map<std::string, int64_t>& dtype_sizes() {
   return sizes;
 }
 
+bool is_dtype(const std::string& name) { return dtype_sizes().contains(name); }
+
 TensorEntry parse_entry(const std::string& name, const nlohmann::json& json, const std::string& path) {
   const std::string what = "tensor '" + name + "' in '" + path + "'";
   if (!is_tensor_name(name)) throw CorruptData(what + " has no lawful name");
@@ -30,6 +32,7 @@ TensorEntry parse_entry(const std::string& name, const nlohmann::json& json, con
   entry.begin = static_cast<uint64_t>(offsets[0]);
   entry.end = static_cast<uint64_t>(offsets[1]);
   int64_t bytes = 0;
+  if (!is_dtype(entry.dtype)) throw CorruptData(what + " has the unknown dtype '" + entry.dtype + "'");
   if (__builtin_mul_overflow(checked_numel(entry.shape, what), item_bytes(entry.dtype), &bytes) ||
       static_cast<uint64_t>(bytes) != entry.end - entry.begin) {
     throw CorruptData(what + " has " + std::to_string(entry.end - entry.begin) +
