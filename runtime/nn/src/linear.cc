@@ -26,7 +26,8 @@ at::Tensor column_sums_f32(const at::Tensor& x) {
 
 struct Bf16Linear : Function<Bf16Linear> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
-                            const at::Tensor& bias) {
+                            const std::optional<at::Tensor>& maybe_bias) {
+    const at::Tensor bias = maybe_bias.value_or(at::Tensor());
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const at::Tensor x16 = x.to(at::kBFloat16), w16 = bf16_weight(weight);
     ctx->save_for_backward({x16, w16});
@@ -53,7 +54,7 @@ struct Bf16Linear : Function<Bf16Linear> {
 }  // namespace
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
-  if (x.is_cpu() && is_bf16()) return Bf16Linear::apply(x, weight, bias);
+  if (x.is_cpu() && is_bf16()) return Bf16Linear::apply(x, weight, bias.defined() ? std::optional(bias) : std::nullopt);
   return at::linear(x, weight, bias);
 }
 

@@ -30,8 +30,8 @@ void backward_kernel(const at::Tensor& grad, const at::Tensor& x, const at::Tens
 
 struct Norm : Function<Norm> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight,
-                            const at::Tensor& bias, double epsilon, bool rms) {
-    const at::Tensor x = input.contiguous();
+                            const std::optional<at::Tensor>& maybe_bias, double epsilon, bool rms) {
+    const at::Tensor bias = maybe_bias.value_or(at::Tensor()), x = input.contiguous();
     const NormShape shape{x.numel() / x.size(-1), x.size(-1), static_cast<float>(epsilon), rms};
     const bool x16 = x.scalar_type() == at::kBFloat16, y16 = is_bf16() || x16;
     at::Tensor y = at::empty(x.sizes(), x.options().dtype(y16 ? at::kBFloat16 : at::kFloat));
@@ -71,12 +71,12 @@ bool has_kernel(const at::Tensor& x) {
 
 at::Tensor layer_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double epsilon) {
   if (!has_kernel(x)) return at::layer_norm(x, {x.size(-1)}, weight, bias, epsilon);
-  return Norm::apply(x, weight, bias, epsilon, /*rms=*/false);
+  return Norm::apply(x, weight, std::optional(bias), epsilon, /*rms=*/false);
 }
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double epsilon) {
   if (!has_kernel(x)) return at::rms_norm(x, {x.size(-1)}, weight, epsilon);
-  return Norm::apply(x, weight, at::Tensor(), epsilon, /*rms=*/true);
+  return Norm::apply(x, weight, std::nullopt, epsilon, /*rms=*/true);
 }
 
 LayerNorm::LayerNorm(int64_t dim, double epsilon) : epsilon_(epsilon) {
