@@ -33,6 +33,7 @@ DEFINE_double(decay_fraction, 0.2, "wsd: share of the steps that decays, at the 
 DEFINE_double(weight_decay, 0.1, "decoupled weight decay of matrices");
 DEFINE_double(clip_norm, 1.0, "limit of the global gradient norm; 0: off");
 DEFINE_int64(checkpoint_interval_steps, 500, "steps between checkpoints; 0: only after the last step");
+DEFINE_bool(checkpoint_initial, false, "also save before the first step: the initial weights as files");
 DEFINE_int64(keep_checkpoints, 3, "checkpoints kept, at least 2");
 DEFINE_string(resume, "auto", "auto: newest good checkpoint of --run_dir; never: start over; or a checkpoint's path");
 DEFINE_string(init_from, "", "checkpoint to take weights from, at step 0");
@@ -87,6 +88,7 @@ Options options_from_flags() {
   options.weight_decay = FLAGS_weight_decay;
   options.clip_norm = FLAGS_clip_norm;
   options.checkpoint_interval_steps = FLAGS_checkpoint_interval_steps;
+  options.checkpoint_initial = FLAGS_checkpoint_initial;
   options.keep_checkpoints = FLAGS_keep_checkpoints;
   options.resume = FLAGS_resume;
   options.init_from = FLAGS_init_from;

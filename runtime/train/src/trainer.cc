@@ -267,6 +267,7 @@ Result Trainer::run() {
       LOG(INFO) << "this run is done: " << step_ << " of " << options_.steps << " steps, in " << options_.run_dir;
     return result_;
   }
+  if (step_ == 0 && options_.checkpoint_initial) save();
   const auto start = Clock::now();
   StepReport first;
   first.count = prefetch();
