@@ -53,35 +53,41 @@ void broadcast_text(ProcessGroup& world, int root, std::string& text, Millisecon
   }
 }
 
+Verdict try_quietly(const std::function<void()>& work) {
+  try {
+    work();
+    return {};
+  } catch (const IoError& error) {
+    return {outcome_of(error.error_number()), error.what()};
+  } catch (const CorruptData& error) {
+    return {Outcome::kCorrupt, error.what()};
+  } catch (const Fenced& error) {
+    return {Outcome::kFenced, error.what()};
+  }
+}
+
 }  // namespace
 
 Verdict try_here(const std::string& doing, const std::function<void()>& work) {
-  Verdict verdict;
-  try {
-    work();
-    return verdict;
-  } catch (const IoError& error) {
-    verdict = {outcome_of(error.error_number()), error.what()};
-  } catch (const CorruptData& error) {
-    verdict = {Outcome::kCorrupt, error.what()};
-  } catch (const Fenced& error) {
-    verdict = {Outcome::kFenced, error.what()};
-  }
-  LOG(ERROR) << doing << " failed: " << verdict.reason;
+  const Verdict verdict = try_quietly(work);
+  if (verdict.outcome != Outcome::kDone) LOG(ERROR) << doing << " failed: " << verdict.reason;
   return verdict;
 }
 
 Verdict attempt(ProcessGroup& world, const std::string& doing, Milliseconds timeout,
                 const std::function<void()>& work) {
-  Verdict verdict = try_here(doing, work);
+  Verdict verdict = try_quietly(work);
   const auto worst =
       static_cast<Outcome>(reduce(world, static_cast<int64_t>(verdict.outcome), ReduceOp::kMax, timeout));
   if (worst == Outcome::kDone) return verdict;
+  // A damaged file fails on every rank that reads it: the lowest one speaks for all.
   const int64_t claim = verdict.outcome == worst ? world.rank() : world.size();
   const auto witness = static_cast<int>(reduce(world, claim, ReduceOp::kMin, timeout));
+  if (world.rank() != witness && verdict.outcome != Outcome::kDone) VLOG(1) << doing << " failed: " << verdict.reason;
   broadcast_text(world, witness, verdict.reason, timeout);
   verdict.outcome = worst;
-  if (world.rank() == 0 && witness != 0) LOG(ERROR) << doing << " failed on rank " << witness << ": " << verdict.reason;
+  if (world.rank() == witness || world.rank() == 0)
+    LOG(ERROR) << doing << " failed on rank " << witness << ": " << verdict.reason;
   return verdict;
 }
 

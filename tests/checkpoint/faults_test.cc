@@ -1,0 +1,186 @@
+// Storage that fails: every call in turn, and random damage on disk.
+#include <filesystem>
+#include <random>
+#include <set>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <lockstep/base/error.h>
+#include <lockstep/base/fault_fs.h>
+#include <lockstep/base/log.h>
+#include <lockstep/collectives/local_group.h>
+#include <lockstep/format/manifest.h>
+#include <lockstep/format/reader.h>
+
+#include "format/written_checkpoint.h"
+#include "state.h"
+#include "temp_dir.h"
+
+namespace lockstep::checkpoint {
+namespace {
+
+using testing::HasSubstr;
+
+// Collects the errors the ranks log.
+class LogCatcher : public google::LogSink {
+ public:
+  LogCatcher() { google::AddLogSink(this); }
+  LogCatcher(const LogCatcher&) = delete;
+  LogCatcher& operator=(const LogCatcher&) = delete;
+  ~LogCatcher() override { google::RemoveLogSink(this); }
+  void send(google::LogSeverity severity, const char*, const char*, int, const struct ::tm*, const char* message,
+            size_t length) override {
+    if (severity >= google::ERROR) errors_ += std::string(message, length) + "\n";
+  }
+  const std::string& errors() const { return errors_; }
+
+ private:
+  std::string errors_;
+};
+
+struct FaultCase {
+  int world_size;
+  int error_number;
+  int64_t short_bytes;
+};
+
+std::ostream& operator<<(std::ostream& out, const FaultCase& fault) {
+  return out << fault.world_size << " ranks, errno " << fault.error_number << ", short " << fault.short_bytes;
+}
+
+class EveryCallTest : public testing::TestWithParam<FaultCase> {};
+INSTANTIATE_TEST_SUITE_P(Faults, EveryCallTest,
+                         testing::Values(FaultCase{1, ENOSPC, -1}, FaultCase{1, EIO, -1}, FaultCase{1, EMFILE, -1},
+                                         FaultCase{1, ENOSPC, 100}, FaultCase{2, ENOSPC, -1}, FaultCase{2, EIO, -1},
+                                         FaultCase{2, EROFS, 7}));
+
+// The loop of SQLite's tests: the k-th call fails, for k = 0, 1, ... until a save has no k-th call.
+TEST_P(EveryCallTest, AFailedSaveHarmsNothingSaysWhyLeavesNothingAndTheNextOneWorks) {
+  const auto [world_size, error_number, short_bytes] = GetParam();
+  google::SetStderrLogging(google::FATAL);
+  const TempDir run;
+  const auto save = [&](Fs& fs, int64_t step, int salt) {
+    bool saved = false;
+    run_local_ranks(world_size, [&](ProcessGroup& group) {
+      Store store(fs, group, {.run_dir = run.path(), .keep_last = 2});
+      const bool mine = store.save(progress_at(step), make_state(Cut::kRows, world_size, group.rank(), salt));
+      if (group.rank() == 0) saved = mine;
+    });
+    return saved;
+  };
+  const auto expect_newest = [&](int64_t step, int salt) {
+    run_local_ranks(1, [&](ProcessGroup& group) {
+      Store store(real_fs(), group, {.run_dir = run.path(), .epoch = 1});
+      const auto state = make_state(Cut::kReplicated, 1, 0, 0, /*filled=*/false);
+      EXPECT_EQ(store.load_newest(state)->step, step);
+      EXPECT_EQ(first_difference(state, 0, salt), "");
+    });
+  };
+  ASSERT_TRUE(save(real_fs(), 1, 1));
+  ASSERT_TRUE(save(real_fs(), 2, 2));
+  int64_t step = 2;
+  bool triggered = true;
+  int failed_saves = 0;
+  for (int64_t k = 0; triggered; ++k) {
+    ASSERT_LT(k, 1000);
+    triggered = false;
+    std::string victim;
+    const LogCatcher log;
+    FaultFs faulty(real_fs(), [&](const std::string& kind, const std::string& path, int64_t call) {
+      if (call != k) return Fault{};
+      triggered = true;
+      victim = path;
+      return Fault{.error_number = error_number, .short_bytes = kind == "write" ? short_bytes : -1};
+    });
+    const bool saved = save(faulty, step + 1, static_cast<int>(step + 1));
+    if (triggered) {
+      EXPECT_THAT(log.errors(), HasSubstr(victim)) << "call " << k;
+      EXPECT_THAT(log.errors(), HasSubstr("errno " + std::to_string(error_number))) << "call " << k;
+    }
+    if (saved) ++step;  // what failed came after the commit: the removal of an old one
+    failed_saves += saved ? 0 : 1;
+    const std::string attempted = run.path() + "/checkpoints/" + format::directory_name(step + (saved ? 0 : 1), 1);
+    EXPECT_EQ(std::filesystem::exists(attempted), saved) << "call " << k << " on " << victim;
+    expect_newest(step, static_cast<int>(step));
+  }
+  EXPECT_GE(failed_saves, 10) << "the fault was hardly ever met";
+  EXPECT_TRUE(save(real_fs(), step + 1, 9));
+  expect_newest(step + 1, 9);
+  EXPECT_EQ(format::list_candidates(real_fs(), run.path() + "/checkpoints").size(), 2U) << "leftovers";
+  google::SetStderrLogging(google::ERROR);
+}
+
+// A load that meets an error either still gives the right bytes, of this checkpoint or the one before, or says so.
+TEST_P(EveryCallTest, ALoadThatMeetsAnErrorGivesRightBytesOrNone) {
+  const auto [world_size, error_number, short_bytes] = GetParam();
+  google::SetStderrLogging(google::FATAL);
+  const TempDir run;
+  run_local_ranks(world_size, [&](ProcessGroup& group) {
+    Store store(real_fs(), group, {.run_dir = run.path()});
+    for (int step : {1, 2}) store.save(progress_at(step), make_state(Cut::kRows, group.size(), group.rank(), step));
+  });
+  std::set<int64_t> steps_seen;
+  bool triggered = true;
+  for (int64_t k = 0; triggered; ++k) {
+    ASSERT_LT(k, 1000);
+    triggered = false;
+    FaultFs faulty(real_fs(), [&](const std::string&, const std::string&, int64_t call) {
+      if (call != k) return Fault{};
+      triggered = true;
+      return Fault{.error_number = error_number};
+    });
+    run_local_ranks(world_size, [&](ProcessGroup& group) {
+      Store store(faulty, group, {.run_dir = run.path()});
+      const auto state = make_state(Cut::kRows, group.size(), group.rank(), 0, /*filled=*/false);
+      try {
+        const auto progress = store.load_newest(state);
+        ASSERT_TRUE(progress.has_value());
+        EXPECT_EQ(first_difference(state, group.rank(), static_cast<int>(progress->step)), "");
+        if (group.rank() == 0) steps_seen.insert(progress->step);
+        if (error_number == EMFILE) {
+          EXPECT_EQ(progress->step, 2) << "a full table must not cost steps";
+        }
+      } catch (const Error& error) {
+        EXPECT_EQ(error.exit_code(), ExitCode::kStorage) << error.what();
+        EXPECT_THAT(error.what(), HasSubstr("errno " + std::to_string(error_number)));
+      }
+    });
+    EXPECT_FALSE(std::filesystem::exists(run.path() + "/checkpoints/step-00000002.e0001/QUARANTINED"))
+        << "an error of the storage is no proof of damage";
+  }
+  EXPECT_TRUE(steps_seen.contains(2));
+  google::SetStderrLogging(google::ERROR);
+}
+
+TEST(DamageTest, OfThreeHundredDamagedCheckpointsNoneIsLoadedAndTheOneBeforeIs) {
+  google::SetStderrLogging(google::FATAL);
+  constexpr int kWorldSize = 3;
+  const TempDir good;
+  run_local_ranks(kWorldSize, [&](ProcessGroup& group) {
+    Store store(real_fs(), group, {.run_dir = good.path()});
+    for (int step : {1, 2}) store.save(progress_at(step), make_state(Cut::kRows, kWorldSize, group.rank(), step));
+  });
+  std::mt19937 random(23);
+  int damaged = 0;
+  for (int round = 0; round < 300; ++round) {
+    const TempDir victim;
+    std::filesystem::copy(good.path(), victim.path(), std::filesystem::copy_options::recursive);
+    const std::string checkpoints = victim.path() + "/checkpoints/";
+    const std::string how =
+        format::damage(checkpoints + "step-00000002.e0001", checkpoints + "step-00000001.e0001", random);
+    if (how.empty()) continue;
+    ++damaged;
+    run_local_ranks(2, [&](ProcessGroup& group) {
+      Store store(real_fs(), group, {.run_dir = victim.path(), .epoch = 2});
+      const auto state = make_state(Cut::kColumns, 2, group.rank(), 0, /*filled=*/false);
+      EXPECT_EQ(store.load_newest(state)->step, 1) << "round " << round << ": " << how;
+      EXPECT_EQ(first_difference(state, group.rank(), 1), "") << how;
+    });
+  }
+  EXPECT_GT(damaged, 250);
+  google::SetStderrLogging(google::ERROR);
+}
+
+}  // namespace
+}  // namespace lockstep::checkpoint
