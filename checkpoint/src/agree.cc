@@ -69,7 +69,7 @@ Verdict try_quietly(const std::function<void()>& work) {
 }  // namespace
 
 Verdict try_here(const std::string& doing, const std::function<void()>& work) {
-  const Verdict verdict = try_quietly(work);
+  Verdict verdict = try_quietly(work);
   if (verdict.outcome != Outcome::kDone) LOG(ERROR) << doing << " failed: " << verdict.reason;
   return verdict;
 }

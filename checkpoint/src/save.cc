@@ -24,7 +24,8 @@ void remove_folder(Fs& fs, const std::string& directory) {
     fs.remove_file(manifest);
     fs.sync_directory(directory);
   }
-  for (const std::string& name : fs.list_directory(directory)) fs.remove_file(directory + "/" + name);
+  const std::string prefix = directory + "/";
+  for (const std::string& name : fs.list_directory(directory)) fs.remove_file(prefix + name);
   fs.remove_directory(directory);
 }
 

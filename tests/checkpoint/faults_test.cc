@@ -57,7 +57,8 @@ INSTANTIATE_TEST_SUITE_P(Faults, EveryCallTest,
 
 // The loop of SQLite's tests: the k-th call fails, for k = 0, 1, ... until a save has no k-th call.
 TEST_P(EveryCallTest, AFailedSaveHarmsNothingSaysWhyLeavesNothingAndTheNextOneWorks) {
-  const auto [world_size, error_number, short_bytes] = GetParam();
+  const int world_size = GetParam().world_size, error_number = GetParam().error_number;
+  const int64_t short_bytes = GetParam().short_bytes;
   google::SetStderrLogging(google::FATAL);
   const TempDir run;
   const auto save = [&](Fs& fs, int64_t step, int salt) {
@@ -113,7 +114,7 @@ TEST_P(EveryCallTest, AFailedSaveHarmsNothingSaysWhyLeavesNothingAndTheNextOneWo
 
 // A load that meets an error either still gives the right bytes, of this checkpoint or the one before, or says so.
 TEST_P(EveryCallTest, ALoadThatMeetsAnErrorGivesRightBytesOrNone) {
-  const auto [world_size, error_number, short_bytes] = GetParam();
+  const int world_size = GetParam().world_size, error_number = GetParam().error_number;
   google::SetStderrLogging(google::FATAL);
   const TempDir run;
   run_local_ranks(world_size, [&](ProcessGroup& group) {

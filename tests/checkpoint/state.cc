@@ -49,7 +49,7 @@ at::Tensor filled_box(const Kind& kind, const Box& box, int salt) {
   for (const int64_t size : kind.shape) numel *= size;
   at::Tensor part = at::arange(numel, at::kDouble)
                         .mul(3)
-                        .add(salt * 17 + static_cast<int64_t>(std::string(kind.section).size()))
+                        .add(int64_t{17} * salt + static_cast<int64_t>(std::string(kind.section).size()))
                         .remainder(251)  // exact in bfloat16
                         .reshape(kind.shape);
   for (size_t d = 0; d < box.sizes.size(); ++d)

@@ -1,5 +1,7 @@
 #include <algorithm>
+#include <array>
 #include <charconv>
+#include <cinttypes>
 #include <cstdio>
 #include <set>
 #include <tuple>
@@ -44,7 +46,18 @@ StoredFile parse_file(const nlohmann::json& json, const std::string& path) {
   return file;
 }
 
-StoredTensor parse_tensor(const nlohmann::json& json, size_t num_files, const std::string& what) {
+void check_names_differ(const std::vector<StoredFile>& files, const std::string& path) {
+  std::vector<std::string> names;
+  names.reserve(files.size());
+  for (const StoredFile& file : files) names.push_back(file.name);
+  std::sort(names.begin(), names.end());
+  const auto twice = std::adjacent_find(names.begin(), names.end());
+  if (twice != names.end()) throw CorruptData(path + " lists the file '" + *twice + "' twice");
+}
+
+StoredTensor parse_tensor(const std::string& key, const nlohmann::json& json, size_t num_files,
+                          const std::string& path) {
+  const std::string what = "tensor '" + key + "' in " + path;
   StoredTensor tensor{.dtype = text_of(json, "dtype", what), .shape = counts_of(json, "shape", what), .boxes = {}};
   int64_t bytes = 0;
   if (__builtin_mul_overflow(checked_numel(tensor.shape, what), item_bytes(tensor.dtype), &bytes))
@@ -63,6 +76,19 @@ StoredTensor parse_tensor(const nlohmann::json& json, size_t num_files, const st
   }
   if (!tiles(geometry, tensor.shape)) throw CorruptData(what + " has boxes that overlap, stick out or leave a gap");
   return tensor;
+}
+
+std::string child(const std::string& directory, const char* name) { return directory + "/" + name; }
+
+// One spelling only for each (step, epoch), so that no two folders claim one place in the order.
+bool parse_directory_name(const std::string& name, Candidate& candidate) {
+  const char* end = name.data() + name.size();
+  constexpr std::string_view kPrefix = "step-", kMiddle = ".e";
+  if (!name.starts_with(kPrefix)) return false;
+  const auto step = std::from_chars(name.data() + kPrefix.size(), end, candidate.step);
+  if (step.ec != std::errc() || !std::string_view(step.ptr, end).starts_with(kMiddle)) return false;
+  const auto epoch = std::from_chars(step.ptr + kMiddle.size(), end, candidate.epoch);
+  return epoch.ec == std::errc() && candidate.step >= 0 && directory_name(candidate.step, candidate.epoch) == name;
 }
 
 }  // namespace
@@ -118,17 +144,13 @@ Manifest parse_manifest(const std::string& text, const std::string& path) {
   manifest.data_fingerprint = text_of(json, "data", what);
   const auto& files = member_of(json, "files", what);
   if (!files.is_array()) throw CorruptData(what + " has no list of files");
-  std::set<std::string> names;
-  for (const auto& file : files) {
-    manifest.files.push_back(parse_file(file, what));
-    const std::string& name = manifest.files.back().name;
-    if (!names.insert(name).second) throw CorruptData(what + " lists the file '" + name + "' twice");
-  }
+  for (const auto& file : files) manifest.files.push_back(parse_file(file, what));
+  check_names_differ(manifest.files, what);
   const auto& tensors = member_of(json, "tensors", what);
   if (!tensors.is_object() || tensors.size() > kMaxTensors) throw CorruptData(what + " has no list of tensors");
   for (const auto& [key, value] : tensors.items()) {
     if (!is_tensor_name(key)) throw CorruptData(what + " has a tensor without a lawful name");
-    manifest.tensors.emplace(key, parse_tensor(value, manifest.files.size(), "tensor '" + key + "' in " + what));
+    manifest.tensors.emplace(key, parse_tensor(key, value, manifest.files.size(), what));
   }
   return manifest;
 }
@@ -145,31 +167,27 @@ std::string section_of(const std::string& key) {
 }
 
 std::string directory_name(int64_t step, uint64_t epoch) {
-  char name[64];
-  std::snprintf(name, sizeof(name), "step-%08lld.e%04llu", static_cast<long long>(step),
-                static_cast<unsigned long long>(epoch));
-  return name;
+  std::array<char, 64> name{};
+  std::snprintf(name.data(), name.size(), "step-%08" PRId64 ".e%04" PRIu64, step, epoch);
+  return name.data();
 }
 
 std::string shard_name(int64_t rank, int64_t world_size) {
-  char name[80];
-  std::snprintf(name, sizeof(name), "shard-%05lld-model-%05d-of-%05lld.safetensors", static_cast<long long>(rank + 1),
-                1, static_cast<long long>(world_size));
-  return name;
+  std::array<char, 96> name{};  // torch's pattern: shard, then the model file it would belong to, of how many
+  std::snprintf(name.data(), name.size(), "shard-%05" PRId64 "-model-00001-of-%05" PRId64 ".safetensors", rank + 1,
+                world_size);
+  return name.data();
 }
 
 std::vector<Candidate> list_candidates(Fs& fs, const std::string& checkpoints_directory) {
   std::vector<Candidate> candidates;
   if (!fs.exists(checkpoints_directory)) return candidates;
   for (const std::string& name : fs.list_directory(checkpoints_directory)) {
-    long long step = 0;
-    unsigned long long epoch = 0;
-    if (std::sscanf(name.c_str(), "step-%18lld.e%18llu", &step, &epoch) != 2 || step < 0 ||
-        directory_name(step, epoch) != name)
-      continue;  // not ours: one spelling for each (step, epoch), so that no two folders claim one place in the order
-    Candidate candidate{.step = step, .epoch = epoch, .path = checkpoints_directory + "/" + name};
-    candidate.complete = fs.exists(candidate.path + "/" + kManifestName);
-    candidate.quarantined = fs.exists(candidate.path + "/" + kQuarantineName);
+    Candidate candidate;
+    if (!parse_directory_name(name, candidate)) continue;
+    candidate.path = child(checkpoints_directory, name.c_str());
+    candidate.complete = fs.exists(child(candidate.path, kManifestName));
+    candidate.quarantined = fs.exists(child(candidate.path, kQuarantineName));
     candidates.push_back(std::move(candidate));
   }
   std::sort(candidates.begin(), candidates.end(),

@@ -41,6 +41,13 @@ TensorEntry parse_entry(const std::string& name, const nlohmann::json& json, con
   return entry;
 }
 
+std::map<std::string, std::string> parse_metadata(const nlohmann::json& json, const std::string& path) {
+  const bool fits =
+      json.is_object() && std::all_of(json.begin(), json.end(), [](const auto& v) { return v.is_string(); });
+  if (!fits) throw CorruptData("'" + path + "' has metadata that does not map strings to strings");
+  return json.get<std::map<std::string, std::string>>();
+}
+
 }  // namespace
 
 bool is_tensor_name(const std::string& name) {
@@ -113,11 +120,7 @@ TensorHeader parse_header(const std::string& head, uint64_t file_bytes, const st
       header.tensors.push_back(parse_entry(name, value, path));
       continue;
     }
-    if (!value.is_object()) throw CorruptData("'" + path + "' has metadata that is no JSON object");
-    for (const auto& [key, text] : value.items()) {
-      if (!text.is_string()) throw CorruptData("'" + path + "' has metadata '" + key + "' that is no string");
-      header.metadata[key] = text.get<std::string>();
-    }
+    header.metadata = parse_metadata(value, path);
   }
   std::sort(header.tensors.begin(), header.tensors.end(),
             [](const auto& a, const auto& b) { return std::tie(a.begin, a.end) < std::tie(b.begin, b.end); });

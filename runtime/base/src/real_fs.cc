@@ -167,7 +167,11 @@ void make_directories(Fs& fs, const std::string& path, int mode) {
   if (fs.exists(clean)) return;
   const std::string parent = parent_of(clean);
   if (parent != clean) make_directories(fs, parent, mode);
-  fs.make_directory(clean, mode);
+  try {
+    fs.make_directory(clean, mode);
+  } catch (const IoError& error) {
+    if (error.error_number() != EEXIST) throw;  // another process was faster; its name may not be durable yet
+  }
   fs.sync_directory(parent);
 }
 

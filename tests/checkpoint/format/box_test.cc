@@ -75,7 +75,7 @@ TEST(BoxTest, AHundredThousandOverlappingBoxesAreRefusedAtOnce) {
 TEST(BoxTest, RunsCopyAnyPartBetweenAnyTwoBoxes) {
   std::mt19937 random(11);
   const std::vector<int64_t> shape = {4, 6, 5};
-  std::vector<int> whole(4 * 6 * 5);
+  std::vector<int> whole(Box::whole(shape).numel());
   std::iota(whole.begin(), whole.end(), 0);
   const auto cut_out = [&](const Box& box) {
     std::vector<int> values(box.numel(), -1);

@@ -196,7 +196,7 @@ TEST_F(CandidatesTest, ARunMeansItsNewestCompleteCheckpointOutsideQuarantine) {
   make("step-00000100.e0001");
   make("step-00000200.e0001");
   make("step-00000300.e0001", /*complete=*/false);
-  std::ofstream(run() + "/checkpoints/step-00000200.e0001/QUARANTINED");
+  real_fs().create_exclusive(run() + "/checkpoints/step-00000200.e0001/QUARANTINED", 0600)->close();
   EXPECT_EQ(resolve_checkpoint(real_fs(), run()), run() + "/checkpoints/step-00000100.e0001");
   EXPECT_EQ(resolve_checkpoint(real_fs(), run() + "/checkpoints/step-00000200.e0001"),
             run() + "/checkpoints/step-00000200.e0001");

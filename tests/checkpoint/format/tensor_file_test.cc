@@ -110,8 +110,8 @@ TEST(TensorFileTest, EveryHostileHeaderIsRefusedByName) {
       {"{\"" + name_of_1025 + R"(":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})", 1, "no lawful name"},
       {R"({"a\nb":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})", 1, "control characters"},
       {"{\"\xff\":{}}", 0, "not valid JSON"},
-      {R"({"__metadata__":{"k":1}})", 0, "no string"},
-      {R"({"__metadata__":[]})", 0, "metadata that is no JSON object"},
+      {R"({"__metadata__":{"k":1}})", 0, "does not map strings to strings"},
+      {R"({"__metadata__":[]})", 0, "does not map strings to strings"},
       {deep, 0, "deeper than 32"},
   };
   for (const auto& c : cases) {

@@ -27,6 +27,8 @@ class FaultFs : public Fs {
   ///        "unlink", "allocate", "sync_directory", "list"), its path, and the number of calls of any kind so far.
   using Decide = std::function<Fault(const std::string& kind, const std::string& path, int64_t call)>;
   FaultFs(Fs& real, Decide decide);
+  FaultFs(const FaultFs&) = delete;
+  FaultFs& operator=(const FaultFs&) = delete;
   ~FaultFs() override;
 
   int64_t calls() const;                 ///< operations so far, the failed ones included
