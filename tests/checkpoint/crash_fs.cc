@@ -54,7 +54,7 @@ std::shared_ptr<Inode> clone(const std::shared_ptr<Inode>& inode,
   auto& copy = done[inode.get()];
   if (copy) return copy;
   copy = std::make_shared<Inode>(*inode);
-  const auto result = copy;  // the map may grow under `copy`
+  auto result = copy;  // the map may grow under `copy`
   for (auto* entries : {&result->entries, &result->durable_entries}) {
     for (auto& [name, target] : *entries) target = clone(target, done);
   }

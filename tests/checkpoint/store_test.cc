@@ -247,7 +247,9 @@ TEST(StoreTest, AStartThatWasSupersededStopsOnEveryRankAndWritesNothing) {
 
 TEST(StoreTest, AStartThatIsSupersededWhileItWritesIsStoppedBeforeTheManifest) {
   const TempDir run;
+  bool renamed = false;
   FaultFs usurped(real_fs(), [&](const std::string& kind, const std::string& path, int64_t) {
+    renamed |= kind == "rename";
     if (kind == "allocate" && path.ends_with("safetensors"))
       write_durable(real_fs(), run.path() + "/epoch/2", "{}");  // a newer start comes in just now
     return Fault{};
@@ -257,6 +259,7 @@ TEST(StoreTest, AStartThatIsSupersededWhileItWritesIsStoppedBeforeTheManifest) {
     Store store(usurped, group, {.run_dir = run.path(), .epoch = epoch});
     EXPECT_THROW(store.save(progress_at(1), make_state(Cut::kRows, 1, 0, 1)), Fenced);
   });
+  EXPECT_FALSE(renamed);
   EXPECT_TRUE(names_in(run.path() + "/checkpoints").empty());
 }
 

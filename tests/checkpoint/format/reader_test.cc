@@ -129,6 +129,36 @@ TEST(ReaderTest, ScalarsAndEmptyTensorsAreTensorsToo) {
   EXPECT_THAT(verify(real_fs(), directory.path()), IsEmpty());
 }
 
+// A manifest with a right checksum that promises what the shards do not hold: found on opening, before any allocation.
+TEST(ReaderTest, AManifestThatDoesNotMatchItsShardsIsRefusedOnOpening) {
+  const TempDir directory;
+  write_checkpoint(directory.path(), {{"w", "F32", {6}, {Box::whole({6})}}});
+  const std::string path = directory.path() + "/" + kManifestName;
+  const Manifest honest = parse_manifest(read_text(real_fs(), path, kMaxManifestBytes), path);
+  const auto complaint = [&](const std::function<void(Manifest&)>& spoil) -> std::string {
+    Manifest manifest = honest;
+    spoil(manifest);
+    std::filesystem::remove(path);
+    write_durable(real_fs(), path, encode_manifest(manifest));
+    try {
+      const Reader reader(real_fs(), directory.path());
+      return "";
+    } catch (const CorruptData& error) {
+      return error.what();
+    }
+  };
+  const int64_t huge = int64_t{1} << 50;
+  EXPECT_EQ(complaint([](Manifest&) {}), "");
+  EXPECT_THAT(complaint([](Manifest& m) { m.tensors["v"] = m.tensors["w"]; }), HasSubstr("'v'"));
+  EXPECT_THAT(complaint([](Manifest& m) { m.tensors["w"].dtype = "I32"; }), HasSubstr("another shape or dtype"));
+  EXPECT_THAT(complaint([&](Manifest& m) {
+                m.tensors["w"] = {"F32", {huge}, {{Box::whole({huge}), 0}}};
+              }),
+              HasSubstr("another shape or dtype"));
+  EXPECT_THAT(complaint([](Manifest& m) { m.files[0].bytes += 1; }), HasSubstr("the manifest says"));
+  EXPECT_THAT(complaint([](Manifest& m) { m.files[0].header_crc += 1; }), HasSubstr("header fails its checksum"));
+}
+
 TEST(VerifyTest, NamesFileTensorAndChunkOfEachDamage) {
   const std::vector<int64_t> shape = {3000, 1000};
   const TempDir directory;
