@@ -3,10 +3,12 @@ AdamW with clipping and schedule. Losses agree to 2e-5 relative at every step, f
 
 import json
 import pathlib
-import random
 import subprocess
 import sys
 import tempfile
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "support"))
+import runs
 
 try:
     import torch
@@ -21,15 +23,6 @@ FAMILIES = {
     "gpt2": ["--model=gpt2", "--heads=4"],
     "llama": ["--model=llama", "--heads=4", "--kv_heads=2", "--tied_head=false"],
 }
-
-
-def write_tokens(path, count, seed):
-    """A token file of words that repeat, so that there is something to learn."""
-    generator = random.Random(seed)
-    words = [bytes(generator.randrange(97, 123) for _ in range(generator.randrange(2, 8))) + b" " for _ in range(60)]
-    text = b"".join(generator.choice(words) for _ in range(count))[:count]
-    header = (20240520).to_bytes(4, "little") + (1).to_bytes(4, "little") + len(text).to_bytes(4, "little")
-    path.write_bytes(header.ljust(1024, b"\0") + b"".join(bytes([letter, 0]) for letter in text))
 
 
 def train_pytorch(run_dir, data):
@@ -63,7 +56,7 @@ def without_key_bias(name, tensor, shape):
 
 def check(family, binary, folder):
     data, run_dir = folder / "train.bin", folder / "run"
-    write_tokens(data, 40_000, seed=7)
+    runs.write_tokens(data, 40_000, seed=7)
     command = [binary, f"--run_dir={run_dir}", f"--train_data={data}", f"--steps={STEPS}", "--layers=2", "--width=64", "--sequence_length=48", "--global_batch_size=16",
                "--micro_batch_size=4", "--learning_rate=2e-3", "--warmup_steps=5", "--clip_norm=0.5", "--weight_decay=0.1", "--checkpoint_initial", "--seed=11", *FAMILIES[family]]
     subprocess.run(command, check=True, capture_output=True)
