@@ -1,0 +1,170 @@
+// The promise of same_bits_test.py on the reference back end: ranks as threads of one process. The models are the
+// examples' own; the data is made on the spot.
+#include <filesystem>
+#include <fstream>
+#include <mutex>
+
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include <lockstep/base/counter_random.h>
+#include <lockstep/collectives/local_group.h>
+#include <lockstep/nn/functions.h>
+#include <lockstep/train/trainer.h>
+
+#include "../../examples/gpt/model.h"
+#include "../../examples/image_classification/model.h"
+
+namespace lockstep::train {
+namespace {
+
+constexpr int kSteps = 40;
+
+// Samples that a rule makes, so that there is something to learn.
+class MadeUp : public data::Dataset {
+ public:
+  explicit MadeUp(std::function<data::Batch(std::span<const int64_t>)> make) : make_(std::move(make)) {}
+  int64_t size() const override { return 200; }
+  data::Batch get(std::span<const int64_t> indices) const override { return make_(indices); }
+  std::string fingerprint() const override { return "made up"; }
+
+ private:
+  std::function<data::Batch(std::span<const int64_t>)> make_;
+};
+
+float noise(int64_t sample, int64_t place) {
+  return static_cast<float>(
+      uniform_at(stream_key(5, "noise"), static_cast<uint64_t>(sample) << 20 | static_cast<uint64_t>(place)));
+}
+
+class GptTask : public Task {
+ public:
+  std::string name() const override { return "gpt"; }
+  std::shared_ptr<torch::nn::Module> make_model() override {
+    return std::make_shared<gpt::Model>(gpt::resolve(
+        {.layers = 2, .width = 48, .heads = 3, .vocab_size = 61, .sequence_length = kLength, .dropout = 0.1}));
+  }
+  void initialize(torch::nn::Module& model, uint64_t seed) override {
+    dynamic_cast<gpt::Model&>(model).initialize(seed);
+  }
+  std::shared_ptr<const data::Dataset> training_data() override {
+    return std::make_shared<MadeUp>([](std::span<const int64_t> indices) {
+      const auto samples = static_cast<int64_t>(indices.size());
+      const at::Tensor tokens = at::empty({samples, kLength + 1}, at::kLong);
+      for (int64_t i = 0; i < samples; ++i) {
+        for (int64_t t = 0; t <= kLength; ++t)
+          tokens[i][t] = (indices[i] + 7 * t + (noise(indices[i], t) < 0.1F ? 3 : 0)) % 61;
+      }
+      return data::Batch{{tokens.narrow(1, 0, kLength).contiguous(), tokens.narrow(1, 1, kLength).contiguous()},
+                         samples};
+    });
+  }
+  int64_t count(const data::Batch& batch) override { return batch.valid_samples * kLength; }
+  LossSum loss(torch::nn::Module& model, const data::Batch& batch) override {
+    return {dynamic_cast<gpt::Model&>(model).loss_sum(batch.tensors[0], batch.tensors[1]), {}};
+  }
+
+ private:
+  static constexpr int64_t kLength = 24;
+};
+
+class VitTask : public Task {
+ public:
+  std::string name() const override { return "vit"; }
+  std::shared_ptr<torch::nn::Module> make_model() override {
+    return image::make_classifier({.family = "vit", .model_width = 48, .layers = 2, .heads = 3});
+  }
+  void initialize(torch::nn::Module& model, uint64_t seed) override { image::initialize(model, seed); }
+  std::shared_ptr<const data::Dataset> training_data() override {
+    return std::make_shared<MadeUp>([](std::span<const int64_t> indices) {
+      const auto samples = static_cast<int64_t>(indices.size());
+      data::Batch batch{{at::empty({samples, 1, 28, 28}), at::empty({samples}, at::kLong)}, samples};
+      for (int64_t i = 0; i < samples; ++i) {
+        const int64_t label = indices[i] % 10;
+        batch.tensors[1][i] = label;
+        auto* pixels = batch.tensors[0][i].data_ptr<float>();
+        for (int64_t p = 0; p < 784; ++p) pixels[p] = 0.3F * noise(indices[i], p) + (p / 28 / 3 == label ? 0.7F : 0);
+      }
+      return batch;
+    });
+  }
+  int64_t count(const data::Batch& batch) override { return batch.valid_samples; }
+  LossSum loss(torch::nn::Module& model, const data::Batch& batch) override {
+    const at::Tensor logits = dynamic_cast<image::Classifier&>(model).logits(batch.tensors[0]);
+    return {nn::cross_entropy_sum(logits, batch.tensors[1]), logits.argmax(1).eq(batch.tensors[1]).sum()};
+  }
+};
+
+// What a run leaves: all its loss lines as text, and the bytes of its final weights by name.
+struct Outcome {
+  std::vector<std::string> losses;
+  std::map<std::string, std::string> weights;
+};
+
+template <typename TaskType>
+Outcome train_on(int world_size, int64_t bucket_bytes) {
+  const std::filesystem::path run_dir = testing::TempDir() + "/same_bits_" + std::to_string(getpid());
+  std::filesystem::remove_all(run_dir);
+  Options options;
+  options.run_dir = run_dir;
+  options.steps = kSteps;
+  options.global_batch_size = 24;
+  options.micro_batch_size = 3;  // eight micro-batches: uneven shares on 3 and 5 ranks
+  options.bucket_bytes = bucket_bytes;
+  options.schedule.learning_rate = 2e-3;
+  options.schedule.warmup_steps = 5;
+  options.checkpoint_interval_steps = 0;
+  options.eval_interval_steps = 0;
+  options.log_interval_steps = 1000;
+  Outcome outcome;
+  run_local_ranks(world_size, [&](ProcessGroup& group) {
+    // The Trainer hands its model to finished() on rank 0 alone: the only thread that writes here.
+    struct Keeping : TaskType {
+      Outcome* outcome;
+      void finished(torch::nn::Module& model) override {
+        for (const auto& item : model.named_parameters()) {
+          const at::Tensor values = item.value().detach().contiguous();
+          outcome->weights[item.key()] =
+              std::string(static_cast<const char*>(values.const_data_ptr()), values.nbytes());
+        }
+      }
+    } task;
+    task.outcome = &outcome;
+    train(group, at::kCPU, task, options);
+  });
+  std::ifstream file(run_dir / "metrics.jsonl");
+  for (std::string line; std::getline(file, line);) {
+    const size_t begin = line.find("\"loss\":"), end = line.find(",\"learning_rate\"");  // loss and gradient norm
+    outcome.losses.push_back(line.substr(begin, end - begin));
+  }
+  std::filesystem::remove_all(run_dir);
+  return outcome;
+}
+
+template <typename TaskType>
+void expect_same_bits_on_every_layout() {
+  const Outcome one = train_on<TaskType>(1, 25 << 20);
+  ASSERT_EQ(one.losses.size(), kSteps);
+  ASSERT_FALSE(one.weights.empty());
+  const auto expect_same = [&](int world_size, int64_t bucket_bytes) {
+    SCOPED_TRACE(std::to_string(world_size) + " ranks, buckets of " + std::to_string(bucket_bytes) + " bytes");
+    const Outcome other = train_on<TaskType>(world_size, bucket_bytes);
+    EXPECT_EQ(other.losses, one.losses);
+    EXPECT_EQ(other.weights.size(), one.weights.size());
+    for (const auto& [name, bytes] : one.weights) EXPECT_TRUE(other.weights.at(name) == bytes) << name;
+  };
+  for (const int world_size : {2, 3, 4, 5, 8}) expect_same(world_size, 25 << 20);
+  for (const int64_t bucket_bytes : {int64_t{1} << 10, int64_t{1} << 20, int64_t{1} << 40})
+    expect_same(3, bucket_bytes);
+}
+
+TEST(SameBitsLocalTest, GptTrainsToTheSameBitsOnAnyNumberOfRanksAndInAnyBuckets) {
+  expect_same_bits_on_every_layout<GptTask>();
+}
+
+TEST(SameBitsLocalTest, VitTrainsToTheSameBitsOnAnyNumberOfRanksAndInAnyBuckets) {
+  expect_same_bits_on_every_layout<VitTask>();
+}
+
+}  // namespace
+}  // namespace lockstep::train
