@@ -13,14 +13,16 @@ class FaultFs::State {
   Fs& real() { return real_; }
 
   // Counts the call, asks what to do, and throws the error unless a torn write has to happen first.
-  Fault before(const std::string& kind, const std::string& path, const std::string& extent = "") {
+  Fault before(const std::string& kind, const std::string& path, const std::string& extent = "",
+               bool can_tear = false) {
     Fault fault;
     {
       const std::lock_guard lock(mutex_);
       log_.push_back(kind + " " + path + extent);
       fault = decide_(kind, path, calls_++);
     }
-    if (fault.error_number != 0 && fault.short_bytes < 0) throw IoError(kind + " (injected)", path, fault.error_number);
+    if (fault.error_number != 0 && !(can_tear && fault.short_bytes >= 0))
+      throw IoError(kind + " (injected)", path, fault.error_number);
     return fault;
   }
 
@@ -54,7 +56,7 @@ class FaultFile : public File {
       : state_(std::move(state)), real_(std::move(real)), path_(std::move(path)) {}
 
   void write_at(uint64_t offset, std::span<const std::byte> bytes) override {
-    const Fault fault = state_->before("write", path_, extent(offset, bytes.size()));
+    const Fault fault = state_->before("write", path_, extent(offset, bytes.size()), /*can_tear=*/true);
     if (fault.drop) return;
     if (fault.short_bytes >= 0) bytes = bytes.first(std::min(bytes.size(), static_cast<size_t>(fault.short_bytes)));
     real_->write_at(offset, bytes);

@@ -35,6 +35,7 @@ class RealFile : public File {
       const ssize_t n =
           uninterrupted([&] { return ::pwrite(fd_.get(), bytes.data(), bytes.size(), static_cast<off_t>(offset)); });
       if (n < 0) fail("writing", path_);
+      if (n == 0) throw IoError("writing", path_, EIO);  // a file system that takes nothing would keep us here for good
       bytes = bytes.subspan(static_cast<size_t>(n));
       offset += static_cast<uint64_t>(n);
     }
@@ -54,7 +55,8 @@ class RealFile : public File {
   }
 
   void allocate(uint64_t size_bytes) override {
-    const int error = size_bytes == 0 ? 0 : ::posix_fallocate(fd_.get(), 0, static_cast<off_t>(size_bytes));
+    int error = size_bytes == 0 ? 0 : EINTR;
+    while (error == EINTR) error = ::posix_fallocate(fd_.get(), 0, static_cast<off_t>(size_bytes));
     if (error != 0) throw IoError("reserving " + std::to_string(size_bytes) + " bytes for", path_, error);
   }
 
@@ -92,7 +94,8 @@ class RealFs : public Fs {
   std::unique_ptr<File> open_read(const std::string& path) override {
     struct stat status {};
     if (::lstat(path.c_str(), &status) != 0) fail("opening", path);
-    // Looked at before opening, because opening a FIFO would wait for its writer.
+    // Looked at before opening, because opening some devices does something; O_NONBLOCK, because the name may have
+    // become a FIFO since, which would wait for its writer.
     if (!S_ISREG(status.st_mode)) throw IoError("opening something that is no regular file,", path, EINVAL);
     return open_file(path, O_RDONLY | O_NONBLOCK, 0, "opening");
   }

@@ -10,8 +10,8 @@
 
 namespace lockstep {
 
-/// What to do to one call: fail with `error_number` (0: do not fail), write only `short_bytes` first (torn), wait, or
-/// drop it silently.
+/// What to do to one call: fail with `error_number` (0: do not fail), after `short_bytes` of a write arrived (torn), or
+/// drop it silently. The default does nothing to it.
 struct Fault {
   int error_number = 0;
   int64_t short_bytes = -1;  ///< >= 0: that many bytes of a write reach the file before the error
@@ -22,9 +22,12 @@ struct Fault {
 /// with it too.
 class FaultFs : public Fs {
  public:
-  /// @param decide called before each operation with its kind ("open", "write", "read", "sync", "close", "rename",
-  /// "mkdir",
-  ///        "unlink", "allocate", "sync_directory", "list"), its path, and the number of calls of any kind so far.
+  /// @param real   what carries the operations out; must outlive this and every file opened through it.
+  /// @param decide called before each operation, one at a time, with its kind ("open", "write", "read", "sync",
+  /// "close",
+  ///               "rename", "mkdir", "rmdir", "unlink", "allocate", "sync_directory", "list"), its path (for a rename
+  ///               the new one) and the number of operations before it. exists() and size() change nothing and are not
+  ///               asked.
   using Decide = std::function<Fault(const std::string& kind, const std::string& path, int64_t call)>;
   FaultFs(Fs& real, Decide decide);
   FaultFs(const FaultFs&) = delete;

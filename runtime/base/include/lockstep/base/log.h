@@ -9,8 +9,8 @@
 
 namespace lockstep {
 
-/// Starts logging to stderr, each line tagged "[rank r/w]"; with `log_dir` also to one 0600 file a rank. Once, from
-/// main.
+/// Starts logging to stderr; with `log_dir`, a folder that is there, also to <program>.rank<r>.<time>.<pid> in it, mode
+/// 0600. A line reads "W 14:03:07.120 [rank 3/8] trainer.cc:41] text". Once, from main, before other threads log.
 void start_logging(const char* program, int rank, int world_size, const std::string& log_dir = "");
 
 }  // namespace lockstep
