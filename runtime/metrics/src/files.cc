@@ -1,6 +1,8 @@
 #include <cinttypes>
 #include <cmath>
 #include <cstdio>
+#include <ctime>
+#include <optional>
 
 #include <nlohmann/json.hpp>
 
@@ -56,11 +58,31 @@ class LineFile {
   uint64_t end_;
 };
 
-// Replaces the file by `text`. Metrics may be lost in a crash just here; steps after the last checkpoint come again
-// anyway.
+std::string replacement(const std::string& path) { return path + ".new"; }
+
+// Replaces the file by `text`; a crash at any point leaves the old or the new one for read_whole() to find. There is no
+// renaming over a file in Fs, so for a moment the new one stands alone under its other name.
 void rewrite(Fs& fs, const std::string& path, const std::string& text) {
+  fs.remove_file(replacement(path));
+  write_durable(fs, replacement(path), text);
   fs.remove_file(path);
-  write_durable(fs, path, text);
+  fs.rename_exclusive(replacement(path), path);
+}
+
+// The whole text of a file of lines, "" when there is none. Ends a replacement that a crash cut short.
+std::string read_whole(Fs& fs, const std::string& path) {
+  if (fs.exists(path)) {
+    fs.remove_file(replacement(path));  // unfinished: the old one still stands
+  } else {
+    if (!fs.exists(replacement(path))) return "";
+    fs.rename_exclusive(replacement(path), path);
+  }
+  return read_text(fs, path, kLimitBytes);
+}
+
+std::optional<nlohmann::json> parse_object(const std::string& line) {
+  auto json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
+  return json.is_object() ? std::optional(std::move(json)) : std::nullopt;
 }
 
 }  // namespace
@@ -77,12 +99,12 @@ class MetricsFile::Impl {
 
  private:
   static const std::string& cut(Fs& fs, const std::string& path, int64_t resume_step) {
-    if (!fs.exists(path)) return path;
     std::string kept;
-    const std::string text = read_text(fs, path, kLimitBytes);
+    const std::string text = read_whole(fs, path);
     for (const std::string& line : lines_of(text)) {
-      const auto json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
-      if (json.is_object() && json.value("step", INT64_MAX) <= resume_step) kept += line + "\n";
+      const auto json = parse_object(line);
+      if (!json || !json->contains("step") || !json->at("step").is_number_integer()) continue;
+      if (json->at("step").get<int64_t>() <= resume_step) kept += line + "\n";
     }
     if (kept != text) rewrite(fs, path, kept);
     return path;
@@ -111,44 +133,67 @@ void MetricsFile::append(int64_t step, const Scalars& scalars) {
 
 void MetricsFile::flush() { impl_->flush(); }
 
+namespace {
+
+// What a ledger says as far as its lines are whole.
+struct Chain {
+  std::string kept;            // its whole lines
+  std::string last = "start";  // hash of the last of them
+  int64_t events = 0;
+  bool torn = false;  // bytes follow that are no whole line
+};
+
+Chain follow_chain(const std::string& path, const std::string& text) {
+  Chain chain;
+  for (const std::string& line : lines_of(text)) {
+    ++chain.events;
+    const auto json = parse_object(line);
+    if (!json || !json->contains("previous") || json->at("previous") != chain.last) {
+      throw CorruptData("the ledger '" + path + "' was changed: line " + std::to_string(chain.events) +
+                        " does not follow the one before. Mend: restore it, or move it away to start a new one");
+    }
+    chain.last = hash_of(line);
+    chain.kept += line + "\n";
+  }
+  chain.torn = chain.kept.size() != text.size();
+  return chain;
+}
+
+}  // namespace
+
+int64_t verify_ledger(Fs& fs, const std::string& path) {
+  return follow_chain(path, read_text(fs, path, kLimitBytes)).events;
+}
+
 class Ledger::Impl {
  public:
-  Impl(Fs& fs, const std::string& path) : last_(check(fs, path)), file_(fs, path) {}
+  Impl(Fs& fs, const std::string& path) : path_(path), last_(open_chain(fs, path)), file_(fs, path) {}
 
   void append(const std::string& event, const std::string& fields_json) {
+    // After a failure nobody knows how much of the line is there; the next start cuts what is torn and goes on.
+    if (failed_) throw IoError("appending, after a failure, to", path_, EIO);
     nlohmann::ordered_json line = {{"event", event}, {"unix_s", static_cast<int64_t>(std::time(nullptr))}};
     line.update(nlohmann::ordered_json::parse(fields_json));
     line["previous"] = last_;
-    const std::string text = line.dump();
+    const std::string text = line.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
+    failed_ = true;
     file_.append(text + "\n");
     file_.sync();
+    failed_ = false;
     last_ = hash_of(text);
   }
 
  private:
-  // Follows the chain and returns the hash of the last line. A torn last line is cut off: its event was never reported.
-  static std::string check(Fs& fs, const std::string& path) {
-    std::string last = "start";
-    if (!fs.exists(path)) return last;
-    const std::string text = read_text(fs, path, kLimitBytes);
-    std::string kept;
-    int number = 0;
-    for (const std::string& line : lines_of(text)) {
-      ++number;
-      const auto json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
-      if (!json.is_object() || json.value("previous", "") != last) {
-        throw CorruptData("the ledger '" + path + "' was changed: line " + std::to_string(number) +
-                          " does not follow the one before. Mend: restore it, or move it away to start a new one");
-      }
-      last = hash_of(line);
-      kept += line + "\n";
-    }
-    if (kept != text) rewrite(fs, path, kept);
-    return last;
+  // A torn last line is cut off: append() had not returned, so its event was never reported.
+  static std::string open_chain(Fs& fs, const std::string& path) {
+    const Chain chain = follow_chain(path, read_whole(fs, path));
+    if (chain.torn) rewrite(fs, path, chain.kept);
+    return chain.last;
   }
 
-  std::string last_;
+  std::string path_, last_;
   LineFile file_;
+  bool failed_ = false;
 };
 
 Ledger::Ledger(Fs& fs, const std::string& path) : impl_(std::make_unique<Impl>(fs, path)) {}

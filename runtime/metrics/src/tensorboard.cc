@@ -1,3 +1,5 @@
+#include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <ctime>
 
@@ -8,6 +10,7 @@
 #include <protozero/pbf_writer.hpp>
 
 #include <lockstep/base/error.h>
+#include <lockstep/base/log.h>
 #include <lockstep/metrics/run_log.h>
 
 namespace lockstep::metrics {
@@ -16,8 +19,9 @@ namespace {
 // Fields of TensorFlow's event.proto and summary.proto that we write.
 enum Event : protozero::pbf_tag_type { kWallTime = 1, kStep = 2, kFileVersion = 3, kSummary = 5, kSessionLog = 7 };
 enum Summary : protozero::pbf_tag_type { kValue = 1 };
-enum Value : protozero::pbf_tag_type { kTag = 1, kSimpleValue = 2, kTensor = 8, kMetadata = 9 };
+enum Value : protozero::pbf_tag_type { kTag = 1, kSimpleValue = 2 };
 enum SessionLog : protozero::pbf_tag_type { kStatus = 1 };
+constexpr int kStart = 1;  // SessionLog::START: readers drop older points at this step and later
 
 uint32_t crc32c(const void* data, size_t n) {
   return ~crc32_iscsi(static_cast<unsigned char*>(const_cast<void*>(data)), static_cast<int>(n), 0xffffffffu);
@@ -38,29 +42,28 @@ class TensorBoardWriter::Impl {
   Impl(const std::string& directory, int64_t resume_step) {
     char host[256] = {};
     gethostname(host, sizeof(host) - 1);
-    static int number = 0;
+    static std::atomic<int> number = 0;  // two writers of one process and second get two names
     char name[400];
     std::snprintf(name, sizeof(name), "/events.out.tfevents.%010lld.%s.%d.%d",
                   static_cast<long long>(std::time(nullptr)), host, getpid(), number++);
     path_ = directory + name;
     file_ = std::fopen(path_.c_str(), "wbex");
     if (file_ == nullptr) throw IoError("creating", path_, errno);
-    begin(0, [](protozero::pbf_writer& event) { event.add_string(kFileVersion, "brain.Event:2"); });
-    if (resume_step > 0) {
-      begin(resume_step + 1,
-            [](protozero::pbf_writer& event) {  // START: readers drop older points at this step and later
-              std::string log;
-              protozero::pbf_writer(log).add_enum(kStatus, 1);
-              event.add_message(kSessionLog, log);
-            });
-    }
+    write(0, [](protozero::pbf_writer& event) { event.add_string(kFileVersion, "brain.Event:2"); });
+    // Written by fresh runs too: the one before in this folder may have died before its first checkpoint.
+    write(std::max<int64_t>(resume_step, 0) + 1, [](protozero::pbf_writer& event) {
+      std::string log;
+      protozero::pbf_writer(log).add_enum(kStatus, kStart);
+      event.add_message(kSessionLog, log);
+    });
+    flush();
   }
   ~Impl() { std::fclose(file_); }
   Impl(const Impl&) = delete;
   Impl& operator=(const Impl&) = delete;
 
   template <typename Fill>
-  void begin(int64_t step, Fill fill) {
+  void write(int64_t step, Fill fill) {
     std::string data;
     protozero::pbf_writer event(data);
     event.add_double(kWallTime, now_s());
@@ -75,11 +78,19 @@ class TensorBoardWriter::Impl {
     std::fwrite(&data_crc, sizeof(data_crc), 1, file_);
   }
 
-  void flush() { std::fflush(file_); }
+  void flush() {
+    std::fflush(file_);
+    if (std::ferror(file_) == 0 || warned_) return;
+    warned_ = true;  // curves are no reason to stop training; losing them is worth one line
+    LOG(WARNING) << "'" << path_
+                 << "' cannot be written, the TensorBoard curves from here on are lost. Mend: look for a "
+                 << "full disk; metrics.jsonl has the same numbers";
+  }
 
  private:
   std::string path_;
   std::FILE* file_;
+  bool warned_ = false;
 };
 
 TensorBoardWriter::TensorBoardWriter(const std::string& directory, int64_t resume_step)
@@ -96,7 +107,7 @@ void TensorBoardWriter::scalars(int64_t step, const Scalars& scalars) {
     field.add_float(kSimpleValue, static_cast<float>(value));
     writer.add_message(kValue, one);
   }
-  impl_->begin(step, [&](protozero::pbf_writer& event) { event.add_message(kSummary, summary); });
+  impl_->write(step, [&](protozero::pbf_writer& event) { event.add_message(kSummary, summary); });
 }
 
 void TensorBoardWriter::flush() { impl_->flush(); }

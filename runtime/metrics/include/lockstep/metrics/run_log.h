@@ -11,27 +11,39 @@
 
 namespace lockstep::metrics {
 
-/// The figures of one step, as one line of metrics.jsonl and as TensorBoard scalars. Order is kept; names are snake_case with units.
+/// The figures of one step, as one line of metrics.jsonl and as TensorBoard scalars. Order is kept; names are
+/// snake_case with units and are written as they are.
 using Scalars = std::vector<std::pair<std::string, double>>;
 
-/// metrics.jsonl: one line a step; on resume at step s, lines of steps >= s are cut off first, so each step stands once.
+/// metrics.jsonl: one JSON object a line and step, e.g. {"step":120,"loss":2.1034,...}.
+///
+/// Numbers have the digits that give a reader the same bits back; inf and nan, which JSON lacks, become null. Lines
+/// collect in memory and are written a few kilobytes at a time: what a crash loses belongs to steps that run again.
 class MetricsFile {
  public:
+  /// @param resume_step steps finished so far. Lines of later steps, of an older start, are cut off first, so each step
+  ///        stands once. <= 0: the file starts anew.
+  /// @throws IoError; so do append() and flush().
   MetricsFile(Fs& fs, const std::string& path, int64_t resume_step);
   void append(int64_t step, const Scalars& scalars);
   void flush();
-  ~MetricsFile();
+  ~MetricsFile();  ///< flushes; a failure is swallowed
 
  private:
   class Impl;
   std::unique_ptr<Impl> impl_;
 };
 
-/// TensorBoard event file: a new file each start; on resume writes a session-log START so that readers drop the points after it.
+/// TensorBoard event file events.out.tfevents.<unix s>.<host>.<pid>.<number> in `directory`: a new one each start.
+///
+/// Each begins with a session-log START at `resume_step` + 1: readers then drop the points of older files at that step
+/// and later. A disk that fills up costs the curves and one WARNING, not the run.
+/// Source: TensorFlow, core/lib/io/record_writer.h and core/util/event.proto.
 class TensorBoardWriter {
  public:
+  /// @throws IoError when the file cannot be made.
   TensorBoardWriter(const std::string& directory, int64_t resume_step);
-  void scalars(int64_t step, const Scalars& scalars);  ///< tags as given, e.g. "train/loss"
+  void scalars(int64_t step, const Scalars& scalars);  ///< tags as given, e.g. "train/loss"; stored as f32
   void flush();
   ~TensorBoardWriter();
 
@@ -40,11 +52,17 @@ class TensorBoardWriter {
   std::unique_ptr<Impl> impl_;
 };
 
-/// ledger.jsonl: what happened to the run, one JSON line an event, each carrying the hash of the line before, fsynced.
+/// ledger.jsonl: what happened to the run, one JSON line an event, fsynced before append() returns.
+///
+/// Each line carries the XXH3-128 of the line before ("previous", 32 hex digits; "start" in the first), so a line that
+/// was changed, taken out or put in shows. It guards against accidents and edits, not against a forger.
 class Ledger {
  public:
-  Ledger(Fs& fs, const std::string& path);  ///< @throws CorruptData when the chain of an existing file is broken
+  /// Goes on with the file at `path`. A torn last line, of a crash, is cut off.
+  /// @throws CorruptData when the chain of an existing file is broken. @throws IoError.
+  Ledger(Fs& fs, const std::string& path);
   /// `fields_json`: a JSON object merged into the line. Events: start, resume, durable, skipped, preempted, end.
+  /// @throws IoError; from the first on, every call does.
   void append(const std::string& event, const std::string& fields_json);
   ~Ledger();
 
@@ -53,12 +71,18 @@ class Ledger {
   std::unique_ptr<Impl> impl_;
 };
 
-/// Progress for a person: one rewritten line on a terminal, a plain line every log interval elsewhere (NO_COLOR respected).
+/// Reads a ledger without changing it. A torn last line is no fault.
+/// @return its number of events. @throws CorruptData naming the first line that does not follow the one before.
+int64_t verify_ledger(Fs& fs, const std::string& path);
+
+/// Progress for a person, on stderr: one rewritten line on a terminal, a plain line every log interval elsewhere. No
+/// colours, so NO_COLOR has nothing to switch off.
 class ProgressLine {
  public:
   ProgressLine(int64_t total_steps, int64_t log_interval_steps);  ///< decides by isatty(stderr)
-  /// e.g. "step 120/1500  loss 2.1034  lr 3.0e-04  grad norm 0.84  41.2k tokens/s  eta 2:13"
-  void step(int64_t step, double loss, double learning_rate, double grad_norm, double rate, const std::string& rate_unit);
+  /// e.g. "step 120/1500  loss 2.1034  lr 3.00e-04  grad norm 0.840  41.2k tokens/s  eta 2:13"
+  void step(int64_t step, double loss, double learning_rate, double grad_norm, double rate,
+            const std::string& rate_unit);
   void message(const std::string& text);  ///< a line of its own that does not tear the bar
   void finish();
   ~ProgressLine();
