@@ -1,7 +1,6 @@
 #include <cstdio>
 #include <string>
 
-#include <fcntl.h>
 #include <unistd.h>
 
 #include <gmock/gmock.h>
@@ -26,10 +25,10 @@ std::string said(UniqueFd read_end, UniqueFd write_end, Body body) {
   body();
   std::fflush(stderr);
   dup2(kept.get(), STDERR_FILENO);
-  fcntl(read_end.get(), F_SETFL, O_NONBLOCK);
-  std::string text(1 << 14, '\0');
-  const ssize_t n = read(read_end.get(), text.data(), text.size());
-  text.resize(n < 0 ? 0 : static_cast<size_t>(n));
+  write_end.reset();  // now reading ends: at the end of a pipe, with an error of a terminal
+  std::string text;
+  char chunk[256];
+  for (ssize_t n = 0; (n = read(read_end.get(), chunk, sizeof(chunk))) > 0;) text.append(chunk, static_cast<size_t>(n));
   return text;
 }
 
