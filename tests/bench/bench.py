@@ -1,0 +1,141 @@
+"""bench.py [--rows PATTERN] [--rounds N]: ours and the peer in turn on this machine, in one run.
+
+Each row alternates the two (ours, peer, peer, ours, ...), checks that both computed the same losses, and reports medians, spread and the
+ratio ours / peer, greater is better. Writes build/bench.json: rows of {name, unit, ours, peer, peer_name, ratio, goal, spread}.
+"""
+
+import argparse
+import fnmatch
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).parents[2]
+PYTHON, DATA = ROOT / "build/deps/venv/bin/python", ROOT / "build/data/shakespeare/train.bin"
+TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+PEER = ROOT / "tests/bench/peers/train_gpt.py"
+TCMALLOC = "/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4"
+
+# facts of the rows: model flags, samples a step, timed steps
+SIZES = {
+    "tiny": (["--layers=4", "--width=128", "--heads=4", "--sequence_length=128"], 32, 40),
+    "small": (["--layers=6", "--width=384", "--heads=6", "--sequence_length=256"], 8, 10),
+}
+WARMUP_STEPS = 3
+
+
+def run(command, **environment):
+    result = subprocess.run([str(word) for word in command], env={**os.environ, **environment}, capture_output=True, text=True)
+    if result.returncode != 0:
+        sys.exit(f"{' '.join(map(str, command))} ended with {result.returncode}:\n{result.stderr[-3000:]}")
+    return result.stdout
+
+
+class TrainingRow:
+    """Tokens a second of one size, precision and number of processes."""
+
+    unit, goal = "tokens/s", 1.0
+
+    def __init__(self, bin_dir, size, precision, ranks):
+        self.bin_dir = bin_dir
+        self.name = f"train/{size}/{precision}/{'1 process' if ranks == 1 else f'{ranks} ranks'}"
+        self.flags, self.batch, self.timed = SIZES[size]
+        self.precision, self.ranks, self.steps = precision, ranks, WARMUP_STEPS + self.timed
+        self.tokens = self.batch * int(self.flags[-1].split("=")[1])
+        self.peer_flags = []
+
+    def prepare(self, folder):
+        self.folder = folder
+        self.ours()  # leaves configuration and initial weights for the peer
+        # The peer at its best: eager or compiled, whichever is faster here.
+        rates = {}
+        for flags in ([], ["--compile"]):
+            self.peer_flags = flags
+            rates[tuple(flags)] = self.peer()
+        self.peer_flags = list(max(rates, key=rates.get))
+        self.peer_name = f"PyTorch {'DDP ' if self.ranks > 1 else ''}{'compiled' if self.peer_flags else 'eager'}, tcmalloc"
+
+    def ours(self):
+        run_dir = self.folder / "run"
+        subprocess.run(["rm", "-rf", run_dir], check=True)
+        run([self.bin_dir / "lockstep", "run", "-n", self.ranks, "--", self.bin_dir / "gpt", f"--run_dir={run_dir}", f"--train_data={DATA}", f"--steps={self.steps}",
+             f"--global_batch_size={self.batch}", f"--micro_batch_size={self.batch // 2}", "--warmup_steps=10", "--checkpoint_initial", "--checkpoint_interval_steps=0",
+             "--eval_interval_steps=0", "--learning_rate=5e-4", f"--precision={self.precision}", *self.flags])
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        self.our_losses = [line["loss"] for line in lines]
+        return self.tokens / statistics.median(line["step_s"] for line in lines[WARMUP_STEPS:])
+
+    def peer(self):
+        flags = [PEER, f"--run_dir={self.folder / 'run'}", f"--data={DATA}", f"--steps={self.steps}", f"--threads={2 // self.ranks}", *self.peer_flags]
+        command = ([PYTHON] if self.ranks == 1 else TORCHRUN) + flags + (["--bf16"] if self.precision == "bf16" else [])
+        answer = json.loads(run(command, LD_PRELOAD=TCMALLOC, OMP_NUM_THREADS=str(2 // self.ranks)).splitlines()[-1])
+        bound = 2e-2 if self.precision == "bf16" else 1e-4
+        worst = max(abs(a - b) / b for a, b in zip(self.our_losses, answer["losses"]))
+        assert worst < bound, f"{self.name}: losses differ by {worst}, so the two did not compute the same"
+        return self.tokens / statistics.median(answer["step_s"][WARMUP_STEPS:])
+
+
+class StartRow:
+    """Runs a second from nothing to the end of the first training step, 2 ranks."""
+
+    name, unit, goal, peer_name = "start/2 ranks to the end of step 1", "1/s", 3.0, "torchrun DDP"
+
+    def __init__(self, bin_dir):
+        self.bin_dir = bin_dir
+
+    def prepare(self, folder):
+        self.folder = folder
+        self.ours()
+
+    def ours(self):
+        run_dir = self.folder / "run"
+        subprocess.run(["rm", "-rf", run_dir], check=True)
+        start = time.perf_counter()
+        run([self.bin_dir / "lockstep", "run", "-n", 2, "--", self.bin_dir / "gpt", f"--run_dir={run_dir}", f"--train_data={DATA}", "--steps=1", "--global_batch_size=32", "--micro_batch_size=16",
+             "--checkpoint_initial", "--eval_interval_steps=0", *SIZES["tiny"][0]])
+        return 1 / (time.perf_counter() - start)
+
+    def peer(self):
+        start = time.perf_counter()
+        run(TORCHRUN + [PEER, f"--run_dir={self.folder / 'run'}", f"--data={DATA}", "--steps=1"], LD_PRELOAD=TCMALLOC, OMP_NUM_THREADS="1")
+        return 1 / (time.perf_counter() - start)
+
+
+def measure(row, rounds):
+    with tempfile.TemporaryDirectory() as folder:
+        row.prepare(pathlib.Path(folder))
+        ours, peers = [], []
+        for number in range(rounds):
+            for side in ("ours", "peer") if number % 2 == 0 else ("peer", "ours"):
+                (ours if side == "ours" else peers).append(getattr(row, side)())
+    ratios = [a / b for a, b in zip(ours, peers)]
+    return {"name": row.name, "unit": row.unit, "ours": statistics.median(ours), "peer": statistics.median(peers), "peer_name": row.peer_name, "ratio": statistics.median(ratios),
+            "goal": row.goal, "spread": [min(ratios), max(ratios)]}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", default="*", help="names to run, with * and ?")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--bin_dir", type=pathlib.Path, default=ROOT / "build/release/bin")
+    arguments = parser.parse_args()
+    bin_dir = arguments.bin_dir.resolve()
+    rows = [TrainingRow(bin_dir, size, precision, ranks) for size in SIZES for precision in ("fp32", "bf16") for ranks in (1, 2)] + [StartRow(bin_dir)]
+    results = []
+    print(f"{'row':38} {'ours':>10} {'peer':>10} {'ratio':>6}  spread       goal  peer")
+    for row in rows:
+        if not fnmatch.fnmatch(row.name, arguments.rows):
+            continue
+        result = measure(row, arguments.rounds)
+        results.append(result)
+        print(f"{result['name']:38} {result['ours']:10.5g} {result['peer']:10.5g} {result['ratio']:6.2f}  {result['spread'][0]:.2f}-{result['spread'][1]:.2f}  {result['goal']:6.2f}  {result['peer_name']}", flush=True)
+    (ROOT / "build/bench.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
