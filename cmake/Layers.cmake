@@ -17,10 +17,12 @@ function(lockstep_check_layers name links)
     message(FATAL_ERROR "cmake/Layers.cmake does not know the library '${name}': give it a layer.")
   endif()
   foreach(link IN LISTS links)
-    if(link MATCHES "^lockstep::(.+)$" AND DEFINED LOCKSTEP_LAYER_${CMAKE_MATCH_1})
-      if(NOT LOCKSTEP_LAYER_${CMAKE_MATCH_1} LESS LOCKSTEP_LAYER_${name})
-        message(FATAL_ERROR "${name} (layer ${LOCKSTEP_LAYER_${name}}) may not link ${CMAKE_MATCH_1} "
-                            "(layer ${LOCKSTEP_LAYER_${CMAKE_MATCH_1}}): arrows point down.")
+    # In two steps: the condition of an if() is expanded before it is evaluated, so a match is not there yet to be used in it.
+    string(REGEX REPLACE "^lockstep::" "" below "${link}")
+    if(DEFINED LOCKSTEP_LAYER_${below})
+      if(NOT LOCKSTEP_LAYER_${below} LESS LOCKSTEP_LAYER_${name})
+        message(FATAL_ERROR "${name} (layer ${LOCKSTEP_LAYER_${name}}) may not link ${below} (layer ${LOCKSTEP_LAYER_${below}}): "
+                            "arrows point down.")
       endif()
     elseif(name IN_LIST LOCKSTEP_TORCH_FREE AND link MATCHES "torch|MPI|cuda|nccl")
       message(FATAL_ERROR "${name} may not link ${link}: layers 0 and 1 know no torch, no MPI, no CUDA.")

@@ -3,7 +3,7 @@ include(Layers)
 include(CMakePackageConfigHelpers)
 
 # One shared precompiled torch/torch.h (14 s to parse, 6 s from here). Ask for it with TORCH_PCH where nn::Module is needed.
-add_library(lockstep_torch_pch OBJECT EXCLUDE_FROM_ALL "${PROJECT_SOURCE_DIR}/cmake/torch_pch.cc")
+add_library(lockstep_torch_pch OBJECT EXCLUDE_FROM_ALL "${CMAKE_CURRENT_LIST_DIR}/torch_pch.cc")
 target_link_libraries(lockstep_torch_pch PRIVATE lockstep_options lockstep::torch_cpu)
 target_precompile_headers(lockstep_torch_pch PRIVATE <torch/torch.h>)
 
