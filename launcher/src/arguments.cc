@@ -32,6 +32,8 @@ Arguments::Arguments(const std::vector<std::string>& words, const std::vector<Fl
       for (const Flag& candidate : known) names.emplace_back(candidate.name);
       throw ConfigError("unknown flag " + word + did_you_mean(name, names, "--"));
     }
+    if (!flag->value && equals != std::string::npos)
+      throw ConfigError(word + ": --" + name + " is a switch and takes no value. Mend: --" + name);
     if (!flag->value) {
       values_.emplace_back(name, "true");
     } else if (equals != std::string::npos) {

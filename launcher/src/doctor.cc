@@ -1,11 +1,12 @@
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
+#include <sstream>
 
 #include <dlfcn.h>
-#include <sched.h>
 #include <sys/resource.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
@@ -15,6 +16,7 @@
 #include <lockstep/base/error.h>
 #include <lockstep/base/fs.h>
 
+#include "machine.h"
 #include "verbs.h"
 
 namespace lockstep::launcher {
@@ -22,136 +24,231 @@ namespace {
 
 const std::vector<Arguments::Flag> kFlags = {
     {"run_dir", "FOLDER", "the storage to measure (default: the current folder)"},
+    {"program", "PATH", "the program whose libraries to look for (default: those beside lockstep)"},
     {"json", nullptr, "one JSON object instead of lines"},
 };
+
+constexpr ExitCode kNode = ExitCode::kNodeBad;  // this machine lacks something: another one may do
 
 struct Finding {
   std::string what;
   bool good = true;
   std::string found;
   std::string mend;
+  ExitCode code = ExitCode::kConfig;  ///< what a bad one means
 };
 
-std::string first_line_of(const char* command) {  // fixed commands of ours only: nothing a user says gets here
-  std::string line;
-  if (FILE* pipe = ::popen(command, "re")) {
-    char text[256] = {};
-    if (std::fgets(text, sizeof(text), pipe)) line = text;
-    ::pclose(pipe);
-  }
-  while (!line.empty() && (line.back() == '\n' || line.back() == ' ')) line.pop_back();
-  return line;
+std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
+
+Finding check_mpi(const std::string& mpirun) {
+  const std::string version = first_line(ask({mpirun, "--version"}).output);
+  const bool good = version.find("Open MPI") != std::string::npos &&
+                    (version.find(" 4.") != std::string::npos || version.find(" 5.") != std::string::npos);
+  return {"Open MPI", good, mpirun.empty() ? "no mpirun on PATH" : version,
+          "apt-get install openmpi-bin libopenmpi-dev (Open MPI 4.1 or 5.0)"};
 }
 
-Finding check_mpi() {
-  const std::string version = first_line_of("mpirun --version 2>/dev/null");
-  const bool good = version.find("Open MPI") != std::string::npos || version.find("OpenRTE") != std::string::npos;
-  return {"Open MPI", good, version.empty() ? "no mpirun on PATH" : version,
-          "apt-get install openmpi-bin libopenmpi-dev"};
-}
-
+// Through the launcher itself: what it sets is what a run gets.
 Finding check_mpi_starts() {
-  const std::string answer = first_line_of(
-      "OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 "
-      "OMPI_MCA_plm=isolated mpirun -n 2 true >/dev/null 2>&1 && echo ok");
-  return {"mpirun starts 2 ranks", answer == "ok", answer == "ok" ? "yes" : "no",
-          "run `mpirun -n 2 true` and read its message"};
+  const auto start = std::chrono::steady_clock::now();
+  const Answer answer = ask({"/proc/self/exe", "run", "-n", "2", "--", "true"});
+  const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::steady_clock::now() - start);
+  return {"2 ranks start", answer.exit_code == 0,
+          answer.exit_code == 0 ? "and end in " + std::to_string(ms.count()) + " ms" : first_line(answer.output),
+          "run `lockstep run -n 2 -- true` and read its message"};
 }
 
+// The dynamic linker's own word on the libraries of a program; nothing of the program runs.
+Finding check_libraries(const std::string& program) {
+  const Answer answer = ask({"ldd", program});
+  std::string missing, torch;
+  std::istringstream lines(answer.output);
+  for (std::string line; std::getline(lines, line);) {  // "\tlibx.so.1 => /folder/libx.so.1 (0x7f…)"
+    std::istringstream words(line);
+    std::string library, arrow, path;
+    words >> library >> arrow >> path;
+    if (path == "not") missing += " " + library;
+    if (library == "libtorch_cpu.so" && path != "not") torch = std::filesystem::path(path).parent_path();
+  }
+  const std::string found = answer.exit_code != 0 ? first_line(answer.output)
+                            : !missing.empty()    ? "not found:" + missing
+                            : torch.empty()       ? "all there (needs no LibTorch)"
+                                                  : "all there, LibTorch at " + torch;
+  return {"libraries of " + std::filesystem::path(program).filename().string(),
+          missing.empty() && answer.exit_code == 0, found,
+          "run cmake/setup.sh and build again, or add their folder to LD_LIBRARY_PATH"};
+}
+
+std::vector<Finding> check_programs(const std::string& wanted) {
+  if (!wanted.empty()) {
+    const std::string path = find_program(wanted);
+    if (path.empty())
+      return {{"program " + wanted, false, "not there or cannot be executed", "check the path, or build it"}};
+    return {check_libraries(path)};
+  }
+  std::vector<Finding> findings;
+  std::error_code ignored;
+  const auto self = std::filesystem::read_symlink("/proc/self/exe", ignored);
+  for (const char* name : {"gpt", "image_classification"}) {  // the programs with LibTorch that we install
+    const std::string path = self.parent_path() / name;
+    if (!find_program(path).empty()) findings.push_back(check_libraries(path));
+  }
+  return findings;
+}
+
+// Loaded, never linked: most machines that build this have no driver.
 Finding check_gpu() {
-  void* driver = ::dlopen("libcuda.so.1", RTLD_LAZY);
-  if (driver) ::dlclose(driver);
-  return {"GPU driver", true, driver ? "found (libcuda.so.1)" : "none: ranks train on the CPU", ""};
+  const bool has_device = std::filesystem::exists("/dev/nvidiactl");
+  void* driver = ::dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
+  if (!driver)
+    return {"GPU", !has_device,
+            has_device ? "/dev/nvidiactl is there, libcuda.so.1 is not" : "none: ranks train on the CPU",
+            "install the driver's user libraries (containers: start with --gpus all)"};
+  using Init = int (*)(unsigned);
+  using Get = int (*)(int*);
+  const auto init = reinterpret_cast<Init>(::dlsym(driver, "cuInit"));
+  const auto version = reinterpret_cast<Get>(::dlsym(driver, "cuDriverGetVersion"));
+  const auto count = reinterpret_cast<Get>(::dlsym(driver, "cuDeviceGetCount"));
+  int code = -1, cuda = 0, devices = 0;
+  if (init && version && count && (code = init(0)) == 0) {
+    version(&cuda);
+    count(&devices);
+  }
+  // Not unloaded: the driver's threads may still be in it.
+  constexpr int kNoDevice = 100;  // CUDA_ERROR_NO_DEVICE
+  if (code == kNoDevice && !has_device) return {"GPU", true, "none: ranks train on the CPU", ""};
+  return {"GPU", code == 0 && devices > 0,
+          code == 0 ? std::to_string(devices) + ", driver for CUDA " + std::to_string(cuda / 1000) + "." +
+                          std::to_string(cuda % 1000 / 10)
+                    : "the driver answers with error " + std::to_string(code),
+          "look at nvidia-smi; restart the node or its driver", kNode};
 }
 
 Finding check_cores() {
-  cpu_set_t mask;
-  CPU_ZERO(&mask);
-  sched_getaffinity(0, sizeof(mask), &mask);
-  const int cores = CPU_COUNT(&mask);
-  double quota = 0;
-  if (std::ifstream file("/sys/fs/cgroup/cpu.max"); file) {
-    std::string limit;
-    double period = 0;
-    if (file >> limit >> period && limit != "max" && period > 0) quota = std::stod(limit) / period;
-  }
-  const bool good = quota == 0 || quota >= cores - 0.01;
-  return {"cores", good,
-          std::to_string(cores) + (quota > 0 ? ", limited to " + std::to_string(quota) + " by the cgroup" : ""),
-          "start no more ranks than the cgroup's limit, or raise it"};
+  const double quota = cgroup_core_quota();
+  const int cores = usable_cores();
+  std::string found = std::to_string(cores) + " usable of " + std::to_string(::sysconf(_SC_NPROCESSORS_ONLN));
+  if (quota > 0) found += ", cgroup quota " + std::to_string(quota).substr(0, 5);
+  return {"cores", quota == 0 || quota >= 1, found, "raise the container's CPU limit to 1 at least", kNode};
 }
 
 Finding check_memory() {
   std::ifstream file("/proc/meminfo");
-  long kib = 0;
+  uint64_t kib = 0;
   for (std::string key; file >> key;) {
     if (key == "MemAvailable:") file >> kib;
   }
-  return {"memory", kib > (1 << 20), std::to_string(kib / 1024) + " MiB available",
-          "free some: a rank needs about 120 MiB before its model"};
+  uint64_t mib = kib >> 10;
+  std::ifstream limit_file("/sys/fs/cgroup/memory.max"), used_file("/sys/fs/cgroup/memory.current");
+  uint64_t limit = 0, used = 0;
+  if (limit_file >> limit && used_file >> used) mib = std::min(mib, limit > used ? (limit - used) >> 20 : 0);
+  return {"memory", mib >= 1024, std::to_string(mib) + " MiB available",
+          "free some: a rank needs about 120 MiB before its model", kNode};
 }
 
 Finding check_shared_memory() {
   struct statvfs status {};
   const bool there = ::statvfs("/dev/shm", &status) == 0;
-  const uint64_t mib = there ? status.f_bavail * status.f_frsize >> 20 : 0;
+  const uint64_t mib = there ? (status.f_bavail * status.f_frsize) >> 20 : 0;
   return {"/dev/shm", mib >= 64, std::to_string(mib) + " MiB free",
-          "mount -o remount,size=1G /dev/shm (containers: --shm-size=1g)"};
+          "mount -o remount,size=1G /dev/shm (containers: --shm-size=1g)", kNode};
 }
 
-Finding check_files() {
+Finding check_open_files() {
   rlimit limit{};
   ::getrlimit(RLIMIT_NOFILE, &limit);
-  return {"open files", limit.rlim_cur >= 1024, std::to_string(limit.rlim_cur), "ulimit -n 4096"};
+  return {"open files", limit.rlim_cur >= 1024, "limit " + std::to_string(limit.rlim_cur), "ulimit -n 4096"};
+}
+
+// Only RDMA and pinned host memory need much; on a machine without them any value will do.
+Finding check_locked_memory() {
+  rlimit limit{};
+  ::getrlimit(RLIMIT_MEMLOCK, &limit);
+  const bool matters = std::filesystem::exists("/dev/infiniband") || std::filesystem::exists("/dev/nvidiactl");
+  const bool unlimited = limit.rlim_cur == RLIM_INFINITY;
+  return {"locked memory", unlimited || !matters || limit.rlim_cur >= (1ULL << 30),
+          unlimited ? "unlimited" : "limit " + std::to_string(limit.rlim_cur >> 20) + " MiB",
+          "ulimit -l unlimited (Slurm: PropagateResourceLimitsExcept=MEMLOCK)"};
+}
+
+Finding check_clock() {
+  using Clock = std::chrono::steady_clock;
+  auto last = Clock::now();
+  bool forward = true;
+  for (int i = 0; i < 10000; ++i) {
+    const auto now = Clock::now();
+    forward &= now >= last;
+    last = now;
+  }
+  const auto year = std::chrono::floor<std::chrono::days>(std::chrono::system_clock::now()) >
+                    std::chrono::sys_days{std::chrono::year{2024} / 1 / 1};
+  return {"clock", forward && year,
+          !forward ? "runs backwards"
+          : year   ? "monotonic, dated"
+                   : "says a date before 2024",
+          "start chronyd or another time service", kNode};
 }
 
 // 64 MiB written and synced: what a checkpoint will feel.
 Finding check_storage(const std::string& folder) {
   constexpr uint64_t kBytes = 64 << 20;
-  const std::string path = folder + "/.lockstep-doctor-" + std::to_string(::getpid());
+  const std::string path = folder + "/.lockstep-doctor-" + std::to_string(::getpid()), what = "storage of " + folder;
   try {
     const std::vector<std::byte> data(kBytes, std::byte{1});
     const auto start = std::chrono::steady_clock::now();
     const auto file = real_fs().create_exclusive(path);
-    file->write_at(0, data);
-    file->sync();
-    file->close();
+    try {
+      file->write_at(0, data);
+      file->sync();
+      file->close();
+    } catch (...) {
+      real_fs().remove_file(path);
+      throw;
+    }
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     real_fs().remove_file(path);
-    const auto rate = static_cast<int64_t>(kBytes / seconds / 1e6);
-    return {"storage of " + folder, rate >= 20, std::to_string(rate) + " MB/s written and synced",
-            "put --run_dir on faster storage"};
+    const auto rate = static_cast<int64_t>(static_cast<double>(kBytes) / seconds / 1e6);
+    return {what, rate >= 20, std::to_string(rate) + " MB/s written and synced", "put --run_dir on faster storage",
+            kNode};
   } catch (const Error& error) {
-    return {"storage of " + folder, false, error.what(), "name a folder you may write with --run_dir"};
+    return {what, false, error.what(), "name a folder you may write with --run_dir"};
   }
+}
+
+std::vector<Finding> examine(const Arguments& arguments) {
+  std::vector<Finding> findings = {check_mpi(find_program("mpirun"))};
+  if (findings[0].good) findings.push_back(check_mpi_starts());
+  for (Finding& finding : check_programs(arguments.get("program", ""))) findings.push_back(std::move(finding));
+  for (Finding& finding :
+       std::vector<Finding>{check_gpu(), check_cores(), check_memory(), check_shared_memory(), check_open_files(),
+                            check_locked_memory(), check_clock(), check_storage(arguments.get("run_dir", "."))}) {
+    findings.push_back(std::move(finding));
+  }
+  return findings;
 }
 
 int doctor(const Arguments& arguments) {
   if (!arguments.words().empty() || arguments.has_rest())
     throw ConfigError("leftover words. Mend: lockstep " + std::string(kDoctor.usage));
-  const std::vector<Finding> findings = {
-      check_mpi(),    check_mpi_starts(),    check_gpu(),   check_cores(),
-      check_memory(), check_shared_memory(), check_files(), check_storage(arguments.get("run_dir", "."))};
-  bool all_good = true;
+  ExitCode worst = ExitCode::kDone;
   nlohmann::ordered_json json = nlohmann::ordered_json::array();
-  for (const Finding& finding : findings) {
-    all_good &= finding.good;
-    json.push_back({{"what", finding.what},
-                    {"good", finding.good},
-                    {"found", finding.found},
-                    {"mend", finding.good ? "" : finding.mend}});
+  for (const Finding& finding : examine(arguments)) {
+    if (!finding.good && worst != ExitCode::kConfig) worst = finding.code;  // what a person can mend here comes first
+    const std::string mend = finding.good ? "" : finding.mend;
+    json.push_back({{"what", finding.what}, {"good", finding.good}, {"found", finding.found}, {"mend", mend}});
     if (arguments.has("json")) continue;
     std::cout << (finding.good ? "ok    " : "BAD   ") << finding.what << ": " << finding.found << "\n";
-    if (!finding.good) std::cout << "      mend: " << finding.mend << "\n";
+    if (!finding.good) std::cout << "      mend: " << mend << "\n";
   }
   if (arguments.has("json")) std::cout << json.dump(2) << "\n";
-  return all_good ? 0 : static_cast<int>(ExitCode::kConfig);
+  return static_cast<int>(worst);
 }
 
 }  // namespace
 
-const Verb kDoctor = {"doctor", "doctor [--run_dir FOLDER] [--json]",
-                      "Looks at what this machine lacks for training; each bad line says how to mend it.", &kFlags,
-                      &doctor};
+const Verb kDoctor = {"doctor", "doctor [--run_dir FOLDER] [--program PATH] [--json]",
+                      "Looks at what this machine lacks for training; each bad line says how to mend it. Exit code 0: "
+                      "nothing; 78: set-up; 79: the machine.",
+                      &kFlags, &doctor};
 
 }  // namespace lockstep::launcher

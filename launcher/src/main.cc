@@ -1,4 +1,5 @@
 // lockstep: starts jobs and looks at what they left. Links no torch, no MPI: it must outlive the ranks.
+#include <algorithm>
 #include <iostream>
 
 #include <lockstep/base/error.h>
@@ -32,11 +33,17 @@ int dispatch(const std::vector<std::string>& words) {
     print_help();
     return words.empty() ? static_cast<int>(ExitCode::kConfig) : 0;
   }
+  if (words[0] == "--version") {
+    std::cout << "lockstep " LOCKSTEP_VERSION "\n";
+    return 0;
+  }
   std::vector<std::string> names;
   for (const Verb* verb : kVerbs) {
     names.emplace_back(verb->name);
     if (words[0] != verb->name) continue;
-    if (words.size() > 1 && (words[1] == "--help" || words[1] == "-h")) {
+    const auto is_help = [](const std::string& word) { return word == "--help" || word == "-h"; };
+    const auto own_end = std::find(words.begin(), words.end(), "--");  // what follows is the program's
+    if (std::any_of(words.begin(), own_end, is_help)) {
       print_help(*verb);
       return 0;
     }
