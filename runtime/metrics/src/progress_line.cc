@@ -1,6 +1,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 
 #include <unistd.h>
 
@@ -33,12 +34,14 @@ std::string clock_time(double seconds) {
   return text;
 }
 
+// Under `lockstep run` a rank writes to a pipe, and the launcher says that a terminal is at its other end.
+bool is_watched() { return isatty(STDERR_FILENO) == 1 || std::getenv("LOCKSTEP_STDERR_IS_TERMINAL") != nullptr; }
+
 }  // namespace
 
 class ProgressLine::Impl {
  public:
-  Impl(int64_t total_steps, int64_t interval)
-      : total_(total_steps), interval_(interval), terminal_(isatty(STDERR_FILENO) == 1) {}
+  Impl(int64_t total_steps, int64_t interval) : total_(total_steps), interval_(interval), terminal_(is_watched()) {}
 
   void step(int64_t step, double loss, double learning_rate, double grad_norm, double rate, const std::string& unit) {
     if (first_ < 0) first_ = step, start_ = Clock::now();

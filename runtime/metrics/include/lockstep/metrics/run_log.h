@@ -79,7 +79,8 @@ int64_t verify_ledger(Fs& fs, const std::string& path);
 /// colours, so NO_COLOR has nothing to switch off.
 class ProgressLine {
  public:
-  ProgressLine(int64_t total_steps, int64_t log_interval_steps);  ///< decides by isatty(stderr)
+  ProgressLine(int64_t total_steps,
+               int64_t log_interval_steps);  ///< a terminal: isatty(stderr), or lockstep run says so
   /// e.g. "step 120/1500  loss 2.1034  lr 3.00e-04  grad norm 0.840  41.2k tokens/s  eta 2:13"
   void step(int64_t step, double loss, double learning_rate, double grad_norm, double rate,
             const std::string& rate_unit);
