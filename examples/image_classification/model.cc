@@ -173,8 +173,8 @@ void initialize(torch::nn::Module& model, uint64_t seed) {
     } else if (parameter.dim() < 2) {
       nn::fill_constant(parameter, name.ends_with("weight") ? 1.0 : 0.0);
     } else {
-      nn::fill_normal(parameter, seed, name,
-                      std::sqrt(2.0 / static_cast<double>(parameter.numel() / parameter.size(0))));
+      const int64_t fan_in = parameter.numel() / parameter.size(0);
+      nn::fill_normal(parameter, seed, name, std::sqrt(2.0 / static_cast<double>(fan_in)));
     }
   }
 }
