@@ -69,8 +69,8 @@ int inspect(const Arguments& arguments) {
   }
   std::cout << path << "\nstep " << manifest.step << ", epoch " << manifest.epoch << ", saved by "
             << manifest.world_size << " ranks, " << manifest.files.size() << " files, " << bytes << " bytes\n";
-  for (const auto& [name, value] : Json::parse(manifest.config_json).items())
-    std::cout << "  " << name << " = " << value << "\n";
+  const Json config = Json::parse(manifest.config_json);  // named: items() only refers to it
+  for (const auto& [name, value] : config.items()) std::cout << "  " << name << " = " << value << "\n";
   for (const auto& [key, tensor] : manifest.tensors) {
     std::cout << "  " << key << "  " << tensor.dtype << " [";
     for (size_t d = 0; d < tensor.shape.size(); ++d) std::cout << (d ? ", " : "") << tensor.shape[d];
