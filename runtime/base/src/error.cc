@@ -16,6 +16,7 @@ CheckThrower::CheckThrower(const char* condition, const char* file, int line) {
   stream_ << "check failed: " << condition << " (" << file << ":" << line << "): ";
 }
 
+// NOLINTNEXTLINE(bugprone-exception-escape): to throw is what it is for
 CheckThrower::~CheckThrower() noexcept(false) { throw CheckFailed(stream_.str()); }
 
 }  // namespace internal

@@ -27,6 +27,7 @@ const std::vector<FlagSection> kSections = {{"of the test", __FILE__}};
 std::vector<std::string> parse(std::vector<std::string> words) {
   words.insert(words.begin(), "program");
   std::vector<char*> argv;
+  argv.reserve(words.size());
   for (std::string& word : words) argv.push_back(word.data());
   return parse_command_line(static_cast<int>(argv.size()), argv.data(), "tests", kSections);
 }

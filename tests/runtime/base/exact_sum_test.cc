@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <bit>
 #include <cfloat>
 #include <cmath>
 #include <cstring>
@@ -32,7 +33,9 @@ ExactSum squares(std::span<const float> values) {
   return sum;
 }
 
-double bits_apart(double a, double b) { return std::memcmp(&a, &b, sizeof(a)) == 0 ? 0 : std::fabs(a - b) / b; }
+double bits_apart(double a, double b) {
+  return std::bit_cast<uint64_t>(a) == std::bit_cast<uint64_t>(b) ? 0 : std::fabs(a - b) / b;
+}
 
 class RangeTest : public testing::TestWithParam<int> {};  // powers of two the values spread over
 

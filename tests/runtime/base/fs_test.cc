@@ -1,4 +1,5 @@
 // The real file system, with system calls that this binary takes over to make them short, interrupted or unknown.
+#undef _FORTIFY_SOURCE  // its inline pread would be a second definition
 #include <atomic>
 #include <cerrno>
 #include <cstdint>
@@ -177,6 +178,7 @@ TEST_F(FsTest, FoldersAreMadeListedAndRemoved) {
 
 TEST_F(FsTest, ManyProcessesMayMakeTheSameFolders) {
   std::vector<std::thread> threads;
+  threads.reserve(8);
   std::atomic<int> failures{0};
   for (int i = 0; i < 8; ++i)
     threads.emplace_back([&] { failures += error_of([&] { make_directories(fs_, dir_ / "p/q/r"); }) != 0; });

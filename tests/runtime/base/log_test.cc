@@ -1,7 +1,7 @@
 // Each case in a process of its own, because logging starts once a process.
 #include <filesystem>
 #include <fstream>
-#include <optional>
+#include <memory>
 #include <sstream>
 
 #include <sys/stat.h>
@@ -41,12 +41,10 @@ TEST_F(LogDeathTest, ALineOnStderrSaysLevelTimeRankAndPlace) {
 
 TEST_F(LogDeathTest, ARankHasOneFileThatOnlyItsOwnerReads) {
   // The child runs this binary anew up to here: it takes its parent's folder.
-  std::optional<TempDir> dir;
-  if (getenv("LOG_TEST_DIR") == nullptr) {
-    dir.emplace();
-    ASSERT_EQ(setenv("LOG_TEST_DIR", dir->path().c_str(), 1), 0);
-  }
-  const std::string folder = getenv("LOG_TEST_DIR");
+  const char* inherited = getenv("LOG_TEST_DIR");
+  const auto dir = inherited == nullptr ? std::make_unique<TempDir>() : nullptr;
+  const std::string folder = inherited == nullptr ? dir->path() : inherited;
+  ASSERT_EQ(setenv("LOG_TEST_DIR", folder.c_str(), 1), 0);
   EXPECT_EXIT(
       {
         start_logging("/opt/bin/trainer", 3, 8, folder);

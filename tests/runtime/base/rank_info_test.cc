@@ -14,14 +14,14 @@ using testing::AllOf;
 using testing::HasSubstr;
 using Variables = std::map<std::string, std::string>;
 
-Environment environment(Variables variables) {
+Environment environment(const Variables& variables) {
   return [variables](const char* name) -> std::optional<std::string> {
     const auto found = variables.find(name);
     return found == variables.end() ? std::nullopt : std::optional(found->second);
   };
 }
 
-RankInfo read(Variables variables) { return rank_info_from_environment(environment(std::move(variables))); }
+RankInfo read(const Variables& variables) { return rank_info_from_environment(environment(variables)); }
 
 std::string refusal(const Variables& variables) {
   try {

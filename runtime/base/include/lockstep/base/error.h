@@ -93,7 +93,7 @@ class CheckThrower {
   CheckThrower(const char* condition, const char* file, int line);
   CheckThrower(const CheckThrower&) = delete;
   CheckThrower& operator=(const CheckThrower&) = delete;
-  [[noreturn]] ~CheckThrower() noexcept(false);
+  [[noreturn]] ~CheckThrower() noexcept(false);  // NOLINT(bugprone-exception-escape): to throw is what it is for
   std::ostream& stream() { return stream_; }
 
  private:

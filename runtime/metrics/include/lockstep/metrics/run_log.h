@@ -28,6 +28,8 @@ class MetricsFile {
   void append(int64_t step, const Scalars& scalars);
   void flush();
   ~MetricsFile();  ///< flushes; a failure is swallowed
+  MetricsFile(const MetricsFile&) = delete;
+  MetricsFile& operator=(const MetricsFile&) = delete;
 
  private:
   class Impl;
@@ -46,6 +48,8 @@ class TensorBoardWriter {
   void scalars(int64_t step, const Scalars& scalars);  ///< tags as given, e.g. "train/loss"; stored as f32
   void flush();
   ~TensorBoardWriter();
+  TensorBoardWriter(const TensorBoardWriter&) = delete;
+  TensorBoardWriter& operator=(const TensorBoardWriter&) = delete;
 
  private:
   class Impl;
@@ -65,6 +69,8 @@ class Ledger {
   /// @throws IoError; from the first on, every call does.
   void append(const std::string& event, const std::string& fields_json);
   ~Ledger();
+  Ledger(const Ledger&) = delete;
+  Ledger& operator=(const Ledger&) = delete;
 
  private:
   class Impl;
@@ -87,6 +93,8 @@ class ProgressLine {
   void message(const std::string& text);  ///< a line of its own that does not tear the bar
   void finish();
   ~ProgressLine();
+  ProgressLine(const ProgressLine&) = delete;
+  ProgressLine& operator=(const ProgressLine&) = delete;
 
  private:
   class Impl;
