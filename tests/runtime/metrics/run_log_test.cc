@@ -231,6 +231,13 @@ TEST_F(LedgerTest, AFaultAtAnyCallLosesNoReportedEvent) {
   }
 }
 
+TEST_F(LedgerTest, AnEventIsSyncedBeforeItIsReported) {
+  FaultFs fs(real_fs(), [](const std::string&, const std::string&, int64_t) { return Fault{}; });
+  Ledger ledger(fs, path_);
+  ledger.append("start", "{}");
+  EXPECT_EQ(fs.log().back(), "sync " + path_);
+}
+
 TEST_F(LedgerTest, WhatIsNoUtf8IsWrittenAsFarAsItCan) {
   Ledger ledger(real_fs(), path_);
   EXPECT_NO_THROW(ledger.append("start\xff", "{}"));
