@@ -157,7 +157,8 @@ int exit_code_of(int status, const Process& process) {
   int signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
   const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
   if (code > 128 && code < 128 + 32) signal = code - 128;  // mpirun says it so
-  if (process.ended_by_us()) return code == 0 ? 0 : static_cast<int>(ExitCode::kRunAgain);
+  // mpirun 4.1 ends with 0 when it was told to end its ranks, so its 0 does not mean that they were done.
+  if (process.ended_by_us()) return static_cast<int>(ExitCode::kRunAgain);
   switch (signal) {
     case 0:
       // mpirun's own trouble is always 1; a program's 1 is passed on.

@@ -1,0 +1,48 @@
+#pragma once
+
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <sys/types.h>
+
+namespace lockstep {
+
+/// `lockstep` started with these words, its output kept. Ended with SIGKILL when it is still there in the destructor.
+class LockstepProcess {
+ public:
+  explicit LockstepProcess(const std::vector<std::string>& words, const std::map<std::string, std::string>& env = {});
+  LockstepProcess(const LockstepProcess&) = delete;
+  LockstepProcess& operator=(const LockstepProcess&) = delete;
+  ~LockstepProcess();
+
+  void send(int signal) const;
+  /// Its exit code; 1000 + S for an end by signal S.
+  int wait();
+  std::string out() const { return text_of(out_path_); }
+  std::string err() const { return text_of(err_path_); }
+
+ private:
+  static std::string text_of(const std::string& path);
+
+  std::string out_path_, err_path_;
+  pid_t pid_ = -1;
+};
+
+struct Ended {
+  int code;
+  std::string out, err;
+};
+Ended lockstep_run(const std::vector<std::string>& words, const std::map<std::string, std::string>& env = {});
+
+/// The pids that `ranks` ranks of launched_rank left in a folder; nullopt: not all are there after 20 s.
+std::optional<std::vector<pid_t>> wait_for_ranks(const std::string& folder, int ranks);
+/// Whether none of them runs (a zombie counts as gone) before `seconds` are over.
+bool are_gone(const std::vector<pid_t>& pids, double seconds);
+/// Open MPI's files of /dev/shm.
+std::vector<std::string> shared_segments();
+
+inline const std::string kRank = LOCKSTEP_BINARY_DIR "/tests/launched_rank";
+
+}  // namespace lockstep
