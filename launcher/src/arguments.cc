@@ -29,11 +29,13 @@ Arguments::Arguments(const std::vector<std::string>& words, const std::vector<Fl
         std::find_if(known.begin(), known.end(), [&](const Flag& candidate) { return name == candidate.name; });
     if (flag == known.end()) {
       std::vector<std::string> names;
+      names.reserve(known.size());
       for (const Flag& candidate : known) names.emplace_back(candidate.name);
       throw ConfigError("unknown flag " + word + did_you_mean(name, names, "--"));
     }
     if (!flag->value && equals != std::string::npos)
-      throw ConfigError(word + ": --" + name + " is a switch and takes no value. Mend: --" + name);
+      throw ConfigError(
+          std::string(word).append(" gives a value, but --").append(name).append(" is a switch and takes none"));
     if (!flag->value) {
       values_.emplace_back(name, "true");
     } else if (equals != std::string::npos) {

@@ -5,6 +5,7 @@
 #include <cerrno>
 #include <csignal>
 #include <cstring>
+#include <fstream>
 #include <iostream>
 
 #include <fcntl.h>
@@ -68,6 +69,7 @@ class Process {
         while (relay()) {
         }
         ::kill(-pid_, SIGKILL);  // whatever of the group is left
+        if (job_.under_mpirun) end_orphans();
         return status;
       }
       act_on_signals();
@@ -95,6 +97,7 @@ class Process {
       ::dup2(null, STDIN_FILENO);
     }
     std::vector<char*> argv;
+    argv.reserve(job_.command.size() + 1);
     for (const std::string& word : job_.command) argv.push_back(const_cast<char*>(word.c_str()));
     argv.push_back(nullptr);
     ::execv(argv[0], argv.data());
@@ -122,6 +125,19 @@ class Process {
       done += std::max<ssize_t>(written, 0);
     }
     return true;
+  }
+
+  /// mpirun may end a moment before its ranks do (after MPI_Abort; 5.0 killed: for ever). As their subreaper we inherit
+  /// them: the next start must not meet one that still writes.
+  static void end_orphans() {
+    const Clock::time_point give_up = Clock::now() + kMpirunEnds;  // one that waits for a dead disk cannot be ended
+    for (pid_t done = 0; done >= 0 && Clock::now() < give_up;) {
+      done = ::waitpid(-1, nullptr, WNOHANG);
+      if (done != 0) continue;
+      std::ifstream children("/proc/self/task/" + std::to_string(::getpid()) + "/children");
+      for (pid_t child = 0; children >> child;) ::kill(child, SIGKILL);
+      ::poll(nullptr, 0, 2);
+    }
   }
 
   void act_on_signals() {
@@ -181,9 +197,12 @@ JobEnd run_job(const Job& job) {
   g_stop = 0;
   g_interrupts = 0;
   install_handlers();
+  ::prctl(PR_SET_CHILD_SUBREAPER, 1);
   Process process(job);
   const int status = process.wait();
   JobEnd end{exit_code_of(status, process), process.scan().first_failure()};
+  if (process.asked() && end.exit_code == static_cast<int>(ExitCode::kRunAgain))
+    end.first_failure.reset();  // the ranks did as they were asked
   if (WIFSIGNALED(status) && !job.under_mpirun && !process.ended_by_us())
     end.first_failure =
         "the program died by signal " + std::to_string(WTERMSIG(status)) + " (" + signal_name(WTERMSIG(status)) + ")";

@@ -43,7 +43,8 @@ std::string find_program(const std::string& name) {
   const char* path = std::getenv("PATH");
   std::istringstream folders(path ? path : "");
   for (std::string folder; std::getline(folders, folder, ':');) {
-    if (executable(folder + "/" + name)) return folder + "/" + name;
+    folder.append("/").append(name);
+    if (executable(folder)) return folder;
   }
   return "";
 }
@@ -53,6 +54,7 @@ Answer ask(const std::vector<std::string>& command) {
   std::array<int, 2> pipe{};
   if (::pipe2(pipe.data(), O_CLOEXEC) != 0) return answer;
   std::vector<char*> argv;
+  argv.reserve(command.size() + 1);
   for (const std::string& word : command) argv.push_back(const_cast<char*>(word.c_str()));
   argv.push_back(nullptr);
   posix_spawn_file_actions_t actions;

@@ -3,7 +3,6 @@
 #include <chrono>
 #include <csignal>
 #include <cstdlib>
-#include <filesystem>
 #include <fstream>
 #include <sstream>
 #include <stdexcept>
@@ -74,6 +73,11 @@ LockstepProcess::~LockstepProcess() {
 
 void LockstepProcess::send(int signal) const { ::kill(pid_, signal); }
 
+void LockstepProcess::kill_child() const {
+  std::ifstream file("/proc/" + std::to_string(pid_) + "/task/" + std::to_string(pid_) + "/children");
+  if (pid_t child = 0; file >> child) ::kill(child, SIGKILL);
+}
+
 int LockstepProcess::wait() {
   int status = 0;
   while (::waitpid(pid_, &status, 0) < 0 && errno == EINTR) {
@@ -116,11 +120,13 @@ bool are_gone(const std::vector<pid_t>& pids, double seconds) {
   });
 }
 
-std::vector<std::string> shared_segments() {
-  std::vector<std::string> found;
-  for (const auto& entry : std::filesystem::directory_iterator("/dev/shm")) {
-    const std::string name = entry.path().filename();
-    if (name.find("_segment.") != std::string::npos) found.push_back(name);
+std::set<std::string> mapped_segments(const std::vector<pid_t>& pids) {
+  std::set<std::string> found;
+  for (const pid_t pid : pids) {
+    std::ifstream file("/proc/" + std::to_string(pid) + "/maps");
+    for (std::string line; std::getline(file, line);) {
+      if (const auto at = line.find("/dev/shm/"); at != std::string::npos) found.insert(line.substr(at));
+    }
   }
   return found;
 }

@@ -2,6 +2,7 @@
 
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,7 @@ class LockstepProcess {
   ~LockstepProcess();
 
   void send(int signal) const;
+  void kill_child() const;  ///< SIGKILL to its one child: mpirun
   /// Its exit code; 1000 + S for an end by signal S.
   int wait();
   std::string out() const { return text_of(out_path_); }
@@ -40,8 +42,8 @@ Ended lockstep_run(const std::vector<std::string>& words, const std::map<std::st
 std::optional<std::vector<pid_t>> wait_for_ranks(const std::string& folder, int ranks);
 /// Whether none of them runs (a zombie counts as gone) before `seconds` are over.
 bool are_gone(const std::vector<pid_t>& pids, double seconds);
-/// Open MPI's files of /dev/shm.
-std::vector<std::string> shared_segments();
+/// The files of /dev/shm these processes have open in memory.
+std::set<std::string> mapped_segments(const std::vector<pid_t>& pids);
 
 inline const std::string kRank = LOCKSTEP_BINARY_DIR "/tests/launched_rank";
 

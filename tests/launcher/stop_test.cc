@@ -1,6 +1,7 @@
 // Requests to stop, and launchers that are killed: what is asked reaches every rank once, and nothing is left behind.
 #include <chrono>
 #include <csignal>
+#include <filesystem>
 #include <fstream>
 #include <string>
 
@@ -50,8 +51,21 @@ TEST(Stop, RanksThatDoNotStopAreEndedAfterTheGrace) {
     ASSERT_TRUE(pids) << process.err();
     process.send(SIGTERM);
     EXPECT_EQ(process.wait(), 75) << process.err();
-    EXPECT_TRUE(are_gone(*pids, 1));
+    EXPECT_TRUE(are_gone(*pids, 0));
+    EXPECT_EQ(process.err().find("first failure"), std::string::npos) << "they did as they were asked";
   }
+}
+
+TEST(Stop, NoRankOutlivesAnMpirunThatIsKilled) {
+  const TempDir folder;  // also takes what a killed mpirun cannot remove
+  LockstepProcess process(job(3, "stay", folder), {{"TMPDIR", folder.path()}});
+  const auto pids = wait_for_ranks(folder.path(), 3);
+  ASSERT_TRUE(pids) << process.err();
+  const auto segments = mapped_segments(*pids);
+  process.kill_child();
+  EXPECT_EQ(process.wait(), 75) << process.err();
+  EXPECT_TRUE(are_gone(*pids, 0));
+  for (const std::string& segment : segments) std::filesystem::remove(segment);
 }
 
 TEST(Stop, AFirstInterruptAsksAndASecondEnds) {
@@ -84,17 +98,20 @@ TEST(Stop, TermAfterTermLeavesTheRanksTheirGrace) {  // Slurm sends USR1, then T
 }
 
 TEST(Stop, AKilledLauncherLeavesNoRankAndNoSharedMemory) {
-  const auto before = shared_segments();
   for (const int ranks : {1, 2, 4}) {
     const TempDir folder;
     LockstepProcess process(job(ranks, "stay", folder));
     const auto pids = wait_for_ranks(folder.path(), ranks);
     ASSERT_TRUE(pids) << process.err();
+    const auto segments = mapped_segments(*pids);
+    EXPECT_EQ(segments.empty(), ranks == 1);
     process.send(SIGKILL);
     EXPECT_EQ(process.wait(), 1000 + SIGKILL);
     EXPECT_TRUE(are_gone(*pids, 5)) << ranks << " ranks";
-    for (int i = 0; i < 30 && shared_segments().size() > before.size(); ++i) usleep(100'000);
-    EXPECT_THAT(before, testing::IsSupersetOf(shared_segments())) << ranks << " ranks";
+    for (const std::string& segment : segments) {
+      for (int i = 0; i < 30 && std::filesystem::exists(segment); ++i) usleep(100'000);
+      EXPECT_FALSE(std::filesystem::exists(segment)) << segment << " of " << ranks << " ranks";
+    }
   }
 }
 
