@@ -18,6 +18,7 @@ GlobalOrder::GlobalOrder(int64_t size, uint64_t seed) : size_(size), seed_(seed)
 }
 
 int64_t GlobalOrder::sample_at(int64_t position) const {
+  LOCKSTEP_CHECK(position >= 0) << "position " << position;
   const auto epoch = static_cast<uint64_t>(position / size_);
   const uint64_t mask = (uint64_t{1} << half_bits_) - 1;
   auto value = static_cast<uint64_t>(position % size_);

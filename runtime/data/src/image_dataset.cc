@@ -1,4 +1,5 @@
 #include <charconv>
+#include <cmath>
 #include <cstring>
 #include <memory>
 
@@ -26,6 +27,11 @@ std::string read_all(const std::string& path, size_t limit) {
     if (text.size() > limit)
       throw CorruptData("'" + path + "' unpacks to more than " + std::to_string(limit) + " bytes");
   }
+  // A stream cut short ends like a whole one; only the error state tells.
+  int state = Z_OK;
+  gzerror(file.get(), &state);
+  if (state != Z_OK)
+    throw CorruptData("'" + path + "' is damaged: its compressed data ends early. Mend: fetch it again");
   return text;
 }
 
@@ -62,6 +68,7 @@ class ImageDataset : public Dataset {
   std::string fingerprint() const override {
     uint64_t hash = 0xcbf29ce484222325u;  // FNV-1a
     for (const uint8_t pixel : pixels_) hash = (hash ^ pixel) * 0x100000001b3u;
+    for (const int64_t label : labels_) hash = (hash ^ static_cast<uint64_t>(label)) * 0x100000001b3u;
     return std::to_string(chosen_.size()) + " of " + std::to_string(labels_.size()) + " images, " +
            std::to_string(hash);
   }
@@ -86,9 +93,8 @@ class ImageDataset : public Dataset {
       const auto [next, error] = std::from_chars(at, end, value);
       const bool is_label = column == image_size();
       const double limit = is_label ? static_cast<double>(options_.num_classes) - 1 : 255;
-      const bool whole = value == static_cast<double>(static_cast<int64_t>(value));
       const bool last_ok = is_label ? (next == end || *next == '\r') : (next != end && *next == ',');
-      if (error != std::errc() || value < 0 || value > limit || !whole || !last_ok) {
+      if (error != std::errc() || !(value >= 0 && value <= limit) || value != std::floor(value) || !last_ok) {
         throw CorruptData("'" + path + "', row " + std::to_string(row) + ", column " + std::to_string(column + 1) +
                           ": expected " + std::to_string(image_size()) + " pixels of 0..255 and a label of 0.." +
                           std::to_string(options_.num_classes - 1));

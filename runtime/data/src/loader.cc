@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <condition_variable>
 #include <deque>
 #include <exception>
@@ -15,10 +16,19 @@ class TrainingLoader::Impl {
  public:
   Impl(std::shared_ptr<const Dataset> dataset, LoaderOptions options)
       : dataset_(std::move(dataset)),
-        options_(options),
+        options_(checked(options)),
         order_(dataset_->size(), options.seed),
         step_(options.first_step),
         thread_([this] { fill(); }) {}
+
+  static LoaderOptions checked(LoaderOptions options) {
+    LOCKSTEP_CHECK(options.micro_batch_size > 0 && options.prefetch_steps > 0 && options.first_step >= 0 &&
+                   0 <= options.leaf_begin && options.leaf_begin <= options.leaf_end &&
+                   options.leaf_end <= options.num_leaves)
+        << "leaves " << options.leaf_begin << " to " << options.leaf_end << " of " << options.num_leaves << ", "
+        << options.micro_batch_size << " samples each, " << options.prefetch_steps << " steps ahead";
+    return options;
+  }
 
   ~Impl() {
     {
@@ -100,6 +110,7 @@ EvaluationPass::EvaluationPass(std::shared_ptr<const Dataset> dataset, int64_t m
 int64_t EvaluationPass::num_micro_batches() const { return (samples_ + micro_batch_size_ - 1) / micro_batch_size_; }
 
 Batch EvaluationPass::get(int64_t index) const {
+  LOCKSTEP_CHECK(index >= 0 && index < num_micro_batches()) << "micro-batch " << index << " of " << num_micro_batches();
   std::vector<int64_t> indices;
   for (int64_t i = index * micro_batch_size_; i < std::min(samples_, (index + 1) * micro_batch_size_); ++i)
     indices.push_back(i);

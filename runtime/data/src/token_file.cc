@@ -23,14 +23,15 @@ size_t bytes_of(Width width) {
 
 template <typename T>
 int64_t widen(const std::byte* from, int64_t* to, size_t n) {  // returns the largest id; a negative one counts as huge
-  uint64_t largest = 0;
+  T smallest = 0, largest = 0;  // in the narrow type, which the compiler turns into vector instructions
   for (size_t i = 0; i < n; ++i) {
     T value;
     std::memcpy(&value, from + i * sizeof(T), sizeof(T));
     to[i] = static_cast<int64_t>(value);
-    largest = std::max(largest, static_cast<uint64_t>(to[i]));
+    smallest = std::min(smallest, value);
+    largest = std::max(largest, value);
   }
-  return static_cast<int64_t>(std::min<uint64_t>(largest, INT64_MAX));
+  return smallest < 0 ? INT64_MAX : static_cast<int64_t>(largest);
 }
 
 int64_t widen(Width width, const std::byte* from, int64_t* to, size_t n) {
@@ -105,7 +106,7 @@ T read_value(const File& file, uint64_t offset) {
 // Megatron's index: only dtype and sizes matter here; the tokens of all sequences lie one after another in the .bin.
 std::unique_ptr<TokenFile> open_megatron(const std::string& path, const std::string& index_path,
                                          std::unique_ptr<File> file) {
-  const auto index = real_fs().open_read(index_path);
+  const auto index = real_fs().open_read(std::filesystem::canonical(index_path).string());
   std::array<char, 9> magic{};
   index->read_at(0, std::as_writable_bytes(std::span(magic)));
   if (std::memcmp(magic.data(), "MMIDIDX\0\0", 9) != 0 || read_value<uint64_t>(*index, 9) != 1)
@@ -141,7 +142,10 @@ std::unique_ptr<TokenFile> open_megatron(const std::string& path, const std::str
   std::vector<int32_t> lengths(sequences);
   index->read_at(34, std::as_writable_bytes(std::span(lengths)));
   int64_t tokens = 0;
-  for (const int32_t length : lengths) tokens += std::max(length, 0);
+  for (const int32_t length : lengths) {
+    if (length < 0) throw CorruptData("'" + index_path + "' has a sequence of " + std::to_string(length) + " tokens");
+    tokens += length;
+  }
   if (file->size() != static_cast<uint64_t>(tokens) * bytes_of(width)) {
     throw CorruptData("'" + path + "' has " + std::to_string(file->size()) + " bytes, its index describes " +
                       std::to_string(tokens) + " tokens of " + std::to_string(bytes_of(width)) + " bytes");
@@ -152,7 +156,8 @@ std::unique_ptr<TokenFile> open_megatron(const std::string& path, const std::str
 }  // namespace
 
 std::unique_ptr<TokenFile> open_token_file(const std::string& path) {
-  auto file = real_fs().open_read(path);
+  // The file system refuses links, which is right for checkpoints; data folders are often full of them.
+  auto file = real_fs().open_read(std::filesystem::canonical(path).string());
   const uint64_t size = file->size();
   const std::string index_path = std::filesystem::path(path).replace_extension(".idx").string();
   if (path.ends_with(".bin") && real_fs().exists(index_path)) return open_megatron(path, index_path, std::move(file));

@@ -1,9 +1,13 @@
 // tokenize: turns text files into token files that training reads. One document a file, in the order given.
+#include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
 #include <iostream>
-#include <sstream>
+#include <optional>
+#include <span>
+
+#include <unistd.h>
 
 #include <gflags/gflags.h>
 #include <nlohmann/json.hpp>
@@ -33,19 +37,61 @@ std::unique_ptr<Tokenizer> make_tokenizer() {
   return FLAGS_tokenizer == "gpt2" ? make_gpt2_tokenizer(FLAGS_model) : make_sentencepiece_tokenizer(FLAGS_model);
 }
 
-// Written under another name, synced, then renamed: a file with the final name is whole.
-void write_tokens(const std::string& path, std::span<const uint32_t> tokens, bool wide) {
-  const std::string temporary = path + ".tmp";
-  real_fs().remove_file(temporary);
-  std::vector<std::byte> bytes(kTokenHeaderBytes + tokens.size() * (wide ? 4 : 2));
-  const int32_t header[3] = {wide ? kTokenMagicU32 : kTokenMagicU16, wide ? 7 : 1, static_cast<int32_t>(tokens.size())};
-  std::memcpy(bytes.data(), header, sizeof(header));
-  for (size_t i = 0; i < tokens.size(); ++i)
-    std::memcpy(bytes.data() + kTokenHeaderBytes + i * (wide ? 4 : 2), &tokens[i], wide ? 4 : 2);  // little-endian
-  write_durable(real_fs(), temporary, std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size()), 0644);
-  real_fs().remove_file(path);
-  real_fs().rename_exclusive(temporary, path);
-  std::cout << path << ": " << tokens.size() << " tokens of " << (wide ? 4 : 2) << " bytes\n";
+// A token file under a temporary name, renamed when all outputs are whole: a file with the final name is never half
+// written, and what it replaces stays until then. Dropped without commit() it leaves nothing.
+class TokenWriter {
+ public:
+  TokenWriter(std::string path, std::span<const uint32_t> tokens, bool wide) : TokenWriter(std::move(path)) {
+    real_fs().remove_file(temporary_);
+    const auto file = real_fs().create_exclusive(temporary_, 0644);
+    const size_t item = wide ? 4 : 2;
+    file->allocate(kTokenHeaderBytes + tokens.size() * item);
+    std::vector<std::byte> bytes(kTokenHeaderBytes);
+    const int32_t header[3] = {wide ? kTokenMagicU32 : kTokenMagicU16, wide ? 7 : 1,
+                               static_cast<int32_t>(tokens.size())};
+    std::memcpy(bytes.data(), header, sizeof(header));
+    file->write_at(0, bytes);
+    for (size_t done = 0; done < tokens.size();) {
+      const size_t n = std::min<size_t>(tokens.size() - done, 1 << 20);
+      bytes.resize(n * item);
+      for (size_t i = 0; i < n; ++i) std::memcpy(bytes.data() + i * item, &tokens[done + i], item);  // little-endian
+      file->write_at(kTokenHeaderBytes + done * item, bytes);
+      done += n;
+    }
+    file->sync();
+    file->close();
+    summary_ = path_ + ": " + std::to_string(tokens.size()) + " tokens of " + std::to_string(item) + " bytes\n";
+  }
+  TokenWriter(const TokenWriter&) = delete;
+  TokenWriter& operator=(const TokenWriter&) = delete;
+  ~TokenWriter() {
+    if (!committed_) std::remove(temporary_.c_str());
+  }
+
+  void commit() {
+    std::error_code error;
+    std::filesystem::rename(temporary_, path_, error);
+    if (error) throw IoError("renaming to the final name of", temporary_, error.value());
+    committed_ = true;
+    const auto folder = std::filesystem::path(path_).parent_path();
+    real_fs().sync_directory(folder.empty() ? "." : folder.string());
+    std::cout << summary_;
+  }
+
+ private:
+  // The other constructor goes through this one, so that the destructor also runs when a write fails in it.
+  explicit TokenWriter(std::string path) : path_(std::move(path)), temporary_(path_ + ".tmp") {}
+
+  std::string path_, temporary_, summary_;
+  bool committed_ = false;
+};
+
+std::string read_document(const std::string& path) {
+  if (!std::filesystem::is_regular_file(path))
+    throw ConfigError("'" + path + "' is not there or no regular file. Mend: name text files");
+  std::string text = read_text(real_fs(), std::filesystem::canonical(path).string(), uint64_t{4} << 30);
+  if (text.empty()) throw ConfigError("'" + path + "' is empty. Mend: leave it out");
+  return text;
 }
 
 int tokenize(const std::vector<std::string>& files) {
@@ -55,16 +101,21 @@ int tokenize(const std::vector<std::string>& files) {
     throw ConfigError("--validation_fraction must be in [0, 1)");
   const auto tokenizer = make_tokenizer();
   std::vector<uint32_t> tokens;
+  const bool show_progress = ::isatty(STDERR_FILENO) != 0;
+  size_t done = 0;
   for (const std::string& path : files) {
-    std::ifstream file(path, std::ios::binary);
-    std::ostringstream text;
-    if (!file || !(text << file.rdbuf()))
-      throw ConfigError("'" + path + "' cannot be read or is empty. Mend: check the path");
+    const std::string text = read_document(path);
+    if (show_progress) std::cerr << "\r" << ++done << "/" << files.size() << " files" << std::flush;
     if (tokenizer->end_of_text() >= 0)
       tokens.push_back(static_cast<uint32_t>(tokenizer->end_of_text()));  // a document begins with it, as in llm.c
-    const auto ids = tokenizer->encode(text.str());
-    tokens.insert(tokens.end(), ids.begin(), ids.end());
+    try {
+      const auto ids = tokenizer->encode(text);
+      tokens.insert(tokens.end(), ids.begin(), ids.end());
+    } catch (const CorruptData& error) {
+      throw CorruptData("'" + path + "': " + error.what());
+    }
   }
+  if (show_progress) std::cerr << "\n";
   if (tokens.size() > INT32_MAX)
     throw ConfigError(std::to_string(tokens.size()) +
                       " tokens do not fit one file. Mend: run tokenize on parts of the text");
@@ -73,8 +124,11 @@ int tokenize(const std::vector<std::string>& files) {
   const bool wide = tokenizer->vocab_size() > 65536;
   const auto held_out = static_cast<size_t>(static_cast<double>(tokens.size()) * FLAGS_validation_fraction);
   const std::span<const uint32_t> all(tokens);
-  write_tokens(FLAGS_output + "train.bin", all.first(tokens.size() - held_out), wide);
-  if (held_out > 0) write_tokens(FLAGS_output + "validation.bin", all.last(held_out), wide);
+  TokenWriter train(FLAGS_output + "train.bin", all.first(tokens.size() - held_out), wide);
+  std::optional<TokenWriter> validation;
+  if (held_out > 0) validation.emplace(FLAGS_output + "validation.bin", all.last(held_out), wide);
+  train.commit();
+  if (validation) validation->commit();
   std::cout << "train with --vocab_size=" << tokenizer->vocab_size() << "\n";
   return 0;
 }

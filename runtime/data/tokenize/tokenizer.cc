@@ -6,7 +6,8 @@
 #include <climits>
 #include <fstream>
 #include <queue>
-#include <sstream>
+#include <string_view>
+#include <tuple>
 #include <unordered_map>
 
 #include <pcre2.h>
@@ -76,11 +77,17 @@ class Gpt2Tokenizer : public Tokenizer {
       if (!(file >> rank))
         throw CorruptData("'" + path + "', line " + std::to_string(line + 1) +
                           ": a base64 word and its rank are expected");
-      ranks_[decode_base64(word)] = rank;
+      if (rank != line || !ranks_.emplace(decode_base64(word), rank).second)
+        throw CorruptData("'" + path + "', line " + std::to_string(line + 1) +
+                          ": ranks must count up from 0, each word once");
       ++line;
     }
     if (line < 256)
       throw CorruptData("'" + path + "' has " + std::to_string(line) + " ranks, fewer than there are bytes");
+    for (int byte = 0; byte < 256; ++byte) {
+      if (!ranks_.contains(std::string(1, static_cast<char>(byte))))
+        throw CorruptData("'" + path + "' has no rank for byte " + std::to_string(byte));
+    }
     int error = 0;
     PCRE2_SIZE place = 0;
     pattern_.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(kGpt2Pattern), PCRE2_ZERO_TERMINATED,
@@ -96,42 +103,60 @@ class Gpt2Tokenizer : public Tokenizer {
     std::vector<uint32_t> ids;
     const UniqueHandle<MatchTraits> match(pcre2_match_data_create_from_pattern(pattern_.get(), nullptr));
     for (size_t at = 0; at < text.size();) {
-      const int found = pcre2_match(pattern_.get(), reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), at, 0,
-                                    match.get(), nullptr);
+      // The first call checks all of the text; asking again at every word would make the whole quadratic.
+      const int found = pcre2_match(pattern_.get(), reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), at,
+                                    at == 0 ? 0 : PCRE2_NO_UTF_CHECK, match.get(), nullptr);
       if (found < 0)
-        throw CorruptData("the text is not valid UTF-8 near byte " + std::to_string(at) +
+        throw CorruptData("the text is not valid UTF-8 at byte " +
+                          std::to_string(at == 0 ? pcre2_get_startchar(match.get()) : at) +
                           ". Mend: convert it, or use --tokenizer=bytes");
       const PCRE2_SIZE* place = pcre2_get_ovector_pointer(match.get());
-      append_word(text.substr(place[0], place[1] - place[0]), ids);
+      append_word(std::string_view(text).substr(place[0], place[1] - place[0]), ids);
       at = place[1];
     }
     return ids;
   }
 
  private:
-  // Merges the pair of lowest rank until none is left. Words are short, so looking at all pairs again is quickest.
-  void append_word(const std::string& word, std::vector<uint32_t>& ids) const {
+  // Merges the neighbours of lowest rank, leftmost first, until none is left. The pieces are a linked list and the
+  // pairs a heap, so a word of n bytes (a megabyte of one letter is legal text) costs n log n and not n squared.
+  void append_word(std::string_view word, std::vector<uint32_t>& ids) const {
     if (const auto whole = ranks_.find(word); whole != ranks_.end()) {
       ids.push_back(whole->second);
       return;
     }
-    std::vector<size_t> starts(word.size() + 1);
-    for (size_t i = 0; i <= word.size(); ++i) starts[i] = i;
-    while (starts.size() > 2) {
-      uint32_t best = UINT32_MAX;
-      size_t place = 0;
-      for (size_t i = 0; i + 2 < starts.size(); ++i) {
-        const auto pair = ranks_.find(word.substr(starts[i], starts[i + 2] - starts[i]));
-        if (pair != ranks_.end() && pair->second < best) best = pair->second, place = i;
-      }
-      if (best == UINT32_MAX) break;
-      starts.erase(starts.begin() + static_cast<std::ptrdiff_t>(place) + 1);
+    const size_t n = word.size();
+    std::vector<size_t> next(n + 1), previous(n + 1);  // starts of the pieces; n is the end
+    std::vector<bool> alive(n + 1, true);
+    for (size_t i = 0; i <= n; ++i) next[i] = i + 1, previous[i] = i - 1;
+    using Pair = std::tuple<uint32_t, size_t, size_t>;  // rank, start, end: out of date when start or end moved since
+    std::priority_queue<Pair, std::vector<Pair>, std::greater<>> pairs;
+    const auto offer = [&](size_t start) {
+      if (start >= n || next[start] >= n) return;
+      const size_t end = next[next[start]];
+      const auto pair = ranks_.find(word.substr(start, end - start));
+      if (pair != ranks_.end()) pairs.emplace(pair->second, start, end);
+    };
+    for (size_t i = 0; i < n; ++i) offer(i);
+    while (!pairs.empty()) {
+      const auto [rank, start, end] = pairs.top();
+      pairs.pop();
+      if (!alive[start] || next[start] >= n || next[next[start]] != end) continue;
+      alive[next[start]] = false;
+      next[start] = end;
+      previous[end] = start;
+      offer(start);
+      if (start > 0) offer(previous[start]);
     }
-    for (size_t i = 0; i + 1 < starts.size(); ++i)
-      ids.push_back(ranks_.at(word.substr(starts[i], starts[i + 1] - starts[i])));
+    for (size_t i = 0; i < n; i = next[i]) ids.push_back(ranks_.find(word.substr(i, next[i] - i))->second);
   }
 
-  std::unordered_map<std::string, uint32_t> ranks_;
+  struct Hash {
+    using is_transparent = void;
+    size_t operator()(std::string_view word) const { return std::hash<std::string_view>()(word); }
+  };
+
+  std::unordered_map<std::string, uint32_t, Hash, std::equal_to<>> ranks_;
   UniqueHandle<CodeTraits> pattern_;
 };
 
