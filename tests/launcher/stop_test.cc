@@ -107,7 +107,10 @@ TEST(Stop, AKilledLauncherLeavesNoRankAndNoSharedMemory) {
     EXPECT_EQ(segments.empty(), ranks == 1);
     process.send(SIGKILL);
     EXPECT_EQ(process.wait(), 1000 + SIGKILL);
-    EXPECT_TRUE(are_gone(*pids, 5)) << ranks << " ranks";
+    if (!are_gone(*pids, 5)) {
+      ADD_FAILURE() << "a rank of " << ranks << " is still there";
+      for (const pid_t pid : *pids) ::kill(pid, SIGKILL);
+    }
     for (const std::string& segment : segments) {
       for (int i = 0; i < 30 && std::filesystem::exists(segment); ++i) usleep(100'000);
       EXPECT_FALSE(std::filesystem::exists(segment)) << segment << " of " << ranks << " ranks";
