@@ -22,7 +22,7 @@ std::vector<std::string> expand_files(const std::string& pattern) {
     if (::stat(file.c_str(), &status) != 0 || ::access(file.c_str(), R_OK) != 0)
       throw ConfigError("'" + file + "' cannot be read. Mend: check its permissions");
     if (!S_ISREG(status.st_mode))
-      throw ConfigError("'" + file + "' is no regular file. Mend: name the files, e.g. '" + file + "/*.bin'");
+      throw ConfigError("'" + file + "' is no regular file. Mend: name the files in it, e.g. with /*.bin");
     if (status.st_size == 0) throw ConfigError("'" + file + "' is empty. Mend: make it again");
   }
   return files;

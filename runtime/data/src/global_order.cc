@@ -13,7 +13,7 @@ constexpr uint64_t kRounds = 4;  // enough for a shuffle; nobody attacks it
 
 GlobalOrder::GlobalOrder(int64_t size, uint64_t seed) : size_(size), seed_(seed) {
   LOCKSTEP_CHECK(size > 0) << "an order of " << size << " samples";
-  const int bits = std::bit_width(static_cast<uint64_t>(size - 1));
+  const auto bits = static_cast<int>(std::bit_width(static_cast<uint64_t>(size - 1)));
   half_bits_ = bits <= 2 ? 1 : (bits + 1) / 2;
 }
 

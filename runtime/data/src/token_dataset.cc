@@ -14,7 +14,7 @@
 namespace lockstep::data {
 namespace {
 
-class TokenDataset : public Dataset {
+class TokenDataset final : public Dataset {
  public:
   TokenDataset(const std::string& pattern, TokenDatasetOptions options) : options_(options) {
     LOCKSTEP_CHECK(options_.sequence_length > 0 && options_.vocab_size > 0)

@@ -27,7 +27,7 @@ int64_t widen(const std::byte* from, int64_t* to, size_t n) {  // returns the la
   for (size_t i = 0; i < n; ++i) {
     T value;
     std::memcpy(&value, from + i * sizeof(T), sizeof(T));
-    to[i] = static_cast<int64_t>(value);
+    to[i] = static_cast<int64_t>(value);  // NOLINT(bugprone-signed-char-misuse): a negative id must stay negative
     smallest = std::min(smallest, value);
     largest = std::max(largest, value);
   }

@@ -25,7 +25,9 @@ struct LoaderOptions {
 class TrainingLoader {
  public:
   TrainingLoader(std::shared_ptr<const Dataset> dataset, LoaderOptions options);
-  ~TrainingLoader();
+  ~TrainingLoader();  // waits for the step in preparation, never for another rank
+  TrainingLoader(const TrainingLoader&) = delete;
+  TrainingLoader& operator=(const TrainingLoader&) = delete;
   /// This rank's micro-batches of the next step, in leaf order. Rethrows what the prefetch thread met (naming file and
   /// position).
   std::vector<Batch> next();
