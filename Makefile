@@ -29,12 +29,13 @@ test: build  ## all tests, then those without torch under the sanitizers
 	@tests/run.sh
 
 deep: build  ## the long numbers: hours
+	@examples/gpt/fetch_data.sh && examples/image_classification/fetch_data.sh
 	@LOCKSTEP_DEEP=1 tests/run.sh
 
 bench:  ## training and start-up beside PyTorch on this machine; writes build/bench.json
-	@cmake/setup.sh bench
+	@cmake/setup.sh test
 	@mkdir -p build && $(call CONFIGURE,release,)
-	@cmake --build $(BUILD) -j $(JOBS) --target lockstep tokenize gpt image_classification
+	@cmake --build $(BUILD) -j $(JOBS) --target lockstep tokenize gpt
 	@examples/gpt/fetch_data.sh
 	@build/deps/venv/bin/python tests/bench/bench.py
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# setup.sh [runtime|test|bench|lint]: installs what is missing for that purpose, says what it cannot install, does nothing twice.
+# setup.sh [runtime|test|lint]: installs what is missing for that purpose, says what it cannot install, does nothing twice.
 #   Debian packages, as root; LibTorch from its wheel into build/deps (hash checked, downloads kept in a cache outside the clone);
-#   for test and bench also a Python environment with PyTorch, the oracle and the peer.
+#   for tests also a Python environment with PyTorch, the oracle and the peer.
 set -euo pipefail
 purpose=${1:-runtime}
 here=$(cd "$(dirname "$0")" && pwd)
@@ -12,9 +12,8 @@ cache=${LOCKSTEP_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/lockstep}/wheels
 case $purpose in
   runtime) lists=(runtime) ;;
   test) lists=(runtime test) ;;
-  bench) lists=(runtime test bench) ;;
   lint) lists=(runtime test lint) ;;
-  *) echo "setup.sh: '$purpose' is neither runtime, test, bench nor lint" >&2; exit 78 ;;
+  *) echo "setup.sh: '$purpose' is neither runtime, test nor lint" >&2; exit 78 ;;
 esac
 lists=("${lists[@]/#/$here/packages-}"); lists=("${lists[@]/%/.txt}")
 
@@ -58,7 +57,7 @@ install_libtorch() {
   touch "$mark"
 }
 
-# PyTorch for Python needs the CUDA libraries it links even on a CPU; the torch wheel itself is not unpacked twice.
+# The oracle of the tests and the peer of the benchmarks. PyTorch for Python needs the CUDA libraries it links even on a CPU.
 install_python() {
   local venv=$deps/venv
   echo "setup.sh: the Python environment of the tests (once)"
@@ -68,6 +67,6 @@ install_python() {
 
 install_packages
 install_libtorch
-case $purpose in test|bench) install_python ;; esac
+case $purpose in test|lint) install_python ;; esac
 mkdir -p "$deps"
 touch "$stamp"

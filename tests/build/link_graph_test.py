@@ -49,6 +49,12 @@ for path in [build / "bin/lockstep", build / "bin/tokenize", *(build / f"lib/lib
 for path in (build / "lib").glob("liblockstep_*.so"):
     needed = subprocess.run(["readelf", "-d", path], check=True, text=True, capture_output=True).stdout
     faults += [f"{path.name} needs {name}" for name in re.findall(r"NEEDED.*\[(.*)\]", needed) if re.search("cuda|nccl", name)]
+# A training program takes small blocks from tcmalloc, which it must name itself: behind libc it would not be asked.
+for path in filter(Path.exists, (build / f"bin/{name}" for name in ("gpt", "image_classification"))):
+    found = subprocess.run([path, "--help"], env={"LD_DEBUG": "bindings"}, text=True, capture_output=True).stderr
+    owner = re.findall(r"binding file \S*libtorch_cpu\S* \[0\] to (\S+) \[0\]: normal symbol `malloc'", found)
+    if not owner or "tcmalloc" not in owner[0]:
+        faults.append(f"{path.name} takes malloc from {owner or 'nowhere'}")
 
 # Negative controls: does the configure step refuse?
 REFUSALS = {
