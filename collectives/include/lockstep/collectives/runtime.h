@@ -20,6 +20,8 @@ class Runtime {
  public:
   Runtime(RankInfo info, at::Device device, std::unique_ptr<ProcessGroup> world);
   ~Runtime();
+  Runtime(const Runtime&) = delete;
+  Runtime& operator=(const Runtime&) = delete;
   const RankInfo& info() const { return info_; }
   at::Device device() const { return device_; }
   ProcessGroup& world() const { return *world_; }
