@@ -56,8 +56,9 @@ TEST(ScheduleTest, EveryKindButConstantEndsAtTheFinalFractionAndStaysThere) {
     const double last = kind == "constant" ? kPeak : 0.1 * kPeak;
     for (const int64_t step : {100, 101, 102, 1000, 1 << 30})
       EXPECT_NEAR(learning_rate_at(options(kind, 7, 101), step), last, kEps) << kind << " " << step;
-    if (kind != "wsd")  // a quarter of one step is none
+    if (kind != "wsd") {  // a quarter of one step is none
       EXPECT_NEAR(learning_rate_at(options(kind, 0, 1), 0), last, kEps) << kind << " of one step";
+    }
     for (const int64_t step : {6, 7, 100})
       EXPECT_NEAR(learning_rate_at(options(kind, 7, 7), step), kPeak, kEps) << kind << " that only warms up";
   }
