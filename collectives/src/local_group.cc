@@ -23,7 +23,7 @@ namespace {
 // read.
 struct Round {
   struct Call {
-    std::string operation;  // with everything that must agree, e.g. "all_reduce sum f32 [5]"
+    std::string operation;  // with everything that must agree, e.g. "all_reduce (sum) of 5 Float"
     at::Tensor input;
     std::vector<int64_t> counts;
   };
@@ -35,7 +35,7 @@ using Deadline = std::chrono::steady_clock::time_point;
 
 // What the threads of one group share.
 struct Shared {
-  explicit Shared(int size, std::string name) : size(size), name(std::move(name)) {}
+  explicit Shared(int size, std::string name) : size(size), name(std::move(name)), is_lost(size, false) {}
   const int size;
   const std::string name;
   std::mutex mutex;
@@ -44,6 +44,7 @@ struct Shared {
   std::map<std::tuple<int, int, int>, std::deque<at::Tensor>> mail;
   std::map<std::pair<int64_t, int>, std::shared_ptr<Shared>> children;  // by (split number, color)
   bool aborted = false;
+  std::vector<bool> is_lost;  // ranks whose wait was in vain: to them the group is unusable
 
   void abort() {
     std::vector<std::shared_ptr<Shared>> below;
@@ -57,8 +58,12 @@ struct Shared {
   }
 };
 
-std::string describe(const char* operation, const at::Tensor& tensor) {
-  return std::string(operation) + " " + tensor.toString() + " " + std::to_string(tensor.numel());
+std::string name_of(ReduceOp op) {
+  return op == ReduceOp::kSum ? " (sum)" : op == ReduceOp::kMax ? " (max)" : " (min)";
+}
+
+std::string describe(const std::string& operation, const at::Tensor& tensor) {
+  return operation + " of " + std::to_string(tensor.numel()) + " " + at::toString(tensor.scalar_type());
 }
 
 class LocalGroup : public ProcessGroup {
@@ -71,16 +76,18 @@ class LocalGroup : public ProcessGroup {
   const char* backend() const override { return "local"; }
 
   Work all_reduce(at::Tensor tensor, ReduceOp op, Milliseconds timeout) override {
-    return start(describe("all_reduce", tensor), tensor, {}, timeout,
+    return start(describe("all_reduce" + name_of(op), tensor), tensor, {}, timeout,
                  [tensor, op](const Round& round, int) { tensor.copy_(reduced(round, op)); });
   }
 
   Work reduce_scatter(at::Tensor output, at::Tensor input, ReduceOp op, Milliseconds timeout) override {
     LOCKSTEP_CHECK(input.numel() == output.numel() * size())
         << "reduce_scatter of " << input.numel() << " elements into " << output.numel() << " on " << size() << " ranks";
-    return start(describe("reduce_scatter", input), input, {}, timeout, [output, op](const Round& round, int rank) {
-      output.view({-1}).copy_(reduced(round, op).view({-1}).narrow(0, rank * output.numel(), output.numel()));
-    });
+    return start(
+        describe("reduce_scatter" + name_of(op), input), input, {}, timeout,
+        [output, op](const Round& round, int rank) {
+          output.view({-1}).copy_(reduced(round, op).view({-1}).narrow(0, rank * output.numel(), output.numel()));
+        });
   }
 
   Work all_gather(at::Tensor output, at::Tensor input, Milliseconds timeout) override {
@@ -104,8 +111,11 @@ class LocalGroup : public ProcessGroup {
 
   Work all_to_all(at::Tensor output, at::Tensor input, std::span<const int64_t> receive_counts,
                   std::span<const int64_t> send_counts, Milliseconds timeout) override {
-    return start(std::string("all_to_all ") + input.toString(), input, {send_counts.begin(), send_counts.end()},
-                 timeout,
+    LOCKSTEP_CHECK(output.numel() == std::accumulate(receive_counts.begin(), receive_counts.end(), int64_t{0}) &&
+                   input.numel() == std::accumulate(send_counts.begin(), send_counts.end(), int64_t{0}))
+        << "all_to_all: counts do not add up to the tensors' sizes";
+    return start(std::string("all_to_all of ") + at::toString(input.scalar_type()), input,
+                 {send_counts.begin(), send_counts.end()}, timeout,
                  [output, wanted = std::vector<int64_t>(receive_counts.begin(), receive_counts.end())](
                      const Round& round, int rank) {
                    int64_t offset = 0;
@@ -126,7 +136,7 @@ class LocalGroup : public ProcessGroup {
   }
 
   Work broadcast(at::Tensor tensor, int root, Milliseconds timeout) override {
-    return start(describe("broadcast", tensor) + " from " + std::to_string(root), tensor, {}, timeout,
+    return start(describe("broadcast from " + std::to_string(root), tensor), tensor, {}, timeout,
                  [tensor, root](const Round& round, int) { tensor.copy_(round.calls[root].input); });
   }
 
@@ -190,7 +200,10 @@ class LocalGroup::Collective : public Work::Operation {
       std::unique_lock lock(shared_->mutex);
       const bool woken = shared_->changed.wait_until(
           lock, deadline_, [&] { return shared_->aborted || round_->arrived == shared_->size; });
-      if (round_->arrived < shared_->size) throw CollectiveError(complaint(woken));
+      if (round_->arrived < shared_->size) {
+        shared_->is_lost[rank_] = true;
+        throw CollectiveError(complaint(woken));
+      }
     }
     for (int rank = 0; rank < shared_->size; ++rank) {
       if (round_->calls[rank].operation != round_->calls[rank_].operation) {
@@ -246,6 +259,7 @@ class LocalGroup::Receive : public Work::Operation {
       auto& box = shared_->mail[address_];
       shared_->changed.wait_until(lock, deadline_, [&] { return shared_->aborted || !box.empty(); });
       if (box.empty()) {
+        shared_->is_lost[std::get<1>(address_)] = true;
         throw CollectiveError("[rank " + std::to_string(std::get<1>(address_)) + "/" + std::to_string(shared_->size) +
                               "] recv in group " + shared_->name + ": nothing came from rank " +
                               std::to_string(std::get<0>(address_)));
@@ -281,7 +295,10 @@ Work LocalGroup::start(const std::string& operation, const at::Tensor& input, st
   std::shared_ptr<Round> round;
   {
     const std::lock_guard lock(shared_->mutex);
-    if (shared_->aborted) throw CollectiveError("group " + shared_->name + " was aborted before " + operation);
+    if (shared_->aborted || shared_->is_lost[rank_]) {
+      throw CollectiveError("group " + shared_->name + " is unusable after an earlier error; " + operation +
+                            " was not started");
+    }
     auto& slot = shared_->rounds[sequence_];
     if (!slot) slot = std::make_shared<Round>(Round{std::vector<Round::Call>(size()), 0});
     round = slot;
@@ -309,6 +326,7 @@ std::unique_ptr<ProcessGroup> LocalGroup::split(int color, int key, const std::s
   std::sort(members.begin(), members.end());
   const auto place = std::find(members.begin(), members.end(), std::pair{key, rank_}) - members.begin();
   const std::lock_guard lock(shared_->mutex);
+  if (shared_->aborted) throw CollectiveError("group " + shared_->name + " was aborted before it was split");
   auto& child = shared_->children[{number, color}];
   if (!child) child = std::make_shared<Shared>(static_cast<int>(members.size()), name);
   return std::make_unique<LocalGroup>(child, static_cast<int>(place));

@@ -1,6 +1,8 @@
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <functional>
+#include <mutex>
 #include <numeric>
 #include <vector>
 
@@ -70,6 +72,18 @@ MPI_Op mpi_op(at::ScalarType type, ReduceOp op) {
   return op == ReduceOp::kSum ? MPI_SUM : op == ReduceOp::kMax ? MPI_MAX : MPI_MIN;
 }
 
+std::string name_of(ReduceOp op) {
+  return op == ReduceOp::kSum ? " (sum)" : op == ReduceOp::kMax ? " (max)" : " (min)";
+}
+
+// MPI may go on writing into tensors whose operation was given up: they stay until the process ends.
+void keep_for_ever(std::vector<at::Tensor> tensors) {
+  static std::mutex mutex;
+  static auto& kept = *new std::vector<at::Tensor>;  // never destroyed, MPI outlives static objects
+  const std::lock_guard lock(mutex);
+  kept.insert(kept.end(), tensors.begin(), tensors.end());
+}
+
 class MpiGroup : public ProcessGroup {
  public:
   MpiGroup(UniqueMpiComm comm, std::string name, MpiOptions options)
@@ -79,7 +93,7 @@ class MpiGroup : public ProcessGroup {
     check_mpi(MPI_Comm_size(comm_.get(), &size_), "asking for the size of " + name_);
   }
   ~MpiGroup() override {
-    if (broken_) comm_.release();  // freeing is collective; with a peer gone it could wait for ever
+    if (*broken_) comm_.release();  // freeing is collective; with a peer gone it could wait for ever
   }
 
   int rank() const override { return rank_; }
@@ -88,7 +102,7 @@ class MpiGroup : public ProcessGroup {
   const char* backend() const override { return "mpi"; }
 
   Work all_reduce(at::Tensor tensor, ReduceOp op, Milliseconds timeout) override {
-    auto pending = begin("all_reduce", tensor, timeout);
+    auto pending = begin("all_reduce" + name_of(op), tensor, timeout);
     pending->keep(tensor);
     for_chunks(tensor.numel(), [&](int64_t offset, int n) {
       check_mpi(MPI_Iallreduce(MPI_IN_PLACE, at(tensor, offset), n, mpi_type(tensor.scalar_type()),
@@ -102,7 +116,7 @@ class MpiGroup : public ProcessGroup {
   Work reduce_scatter(at::Tensor output, at::Tensor input, ReduceOp op, Milliseconds timeout) override {
     LOCKSTEP_CHECK(input.numel() == output.numel() * size_)
         << "reduce_scatter of " << input.numel() << " elements into " << output.numel() << " on " << size_ << " ranks";
-    auto pending = begin("reduce_scatter", input, timeout);
+    auto pending = begin("reduce_scatter" + name_of(op), input, timeout);
     const std::vector<int64_t> counts(size_, output.numel());
     at::Tensor pieces = at::empty({size_, output.numel()}, input.options());
     exchange(*pending, pieces, input, counts, counts);
@@ -150,7 +164,7 @@ class MpiGroup : public ProcessGroup {
   }
 
   Work broadcast(at::Tensor tensor, int root, Milliseconds timeout) override {
-    auto pending = begin("broadcast", tensor, timeout);
+    auto pending = begin("broadcast from " + std::to_string(root), tensor, timeout);
     pending->keep(tensor);
     for_chunks(tensor.numel(), [&](int64_t offset, int n) {
       check_mpi(
@@ -181,30 +195,36 @@ class MpiGroup : public ProcessGroup {
   }
 
   std::unique_ptr<ProcessGroup> split(int color, int key, const std::string& name) override {
+    refuse_if_broken("split");
     MPI_Comm part = MPI_COMM_NULL;
     check_mpi(MPI_Comm_split(comm_.get(), color, key, &part), "splitting " + name_ + " into " + name);
     return std::make_unique<MpiGroup>(UniqueMpiComm(part), name, options_);
   }
 
-  void close() override { broken_ ? void(comm_.release()) : comm_.reset(); }
-  void abort() noexcept override { broken_ = true; }
+  void close() override { *broken_ ? void(comm_.release()) : comm_.reset(); }
+  void abort() noexcept override { *broken_ = true; }
 
  private:
   // Requests in flight, what they keep alive, and what is left to do when they are done.
   class Pending : public Work::Operation {
    public:
-    Pending(MpiGroup& group, std::string doing, Milliseconds timeout, int tag)
-        : group_(group),
-          doing_(std::move(doing)),
+    Pending(const MpiGroup& group, const std::string& doing, Milliseconds timeout, int tag)
+        : broken_(group.broken_),
+          doing_("[rank " + std::to_string(group.rank_) + "/" + std::to_string(group.size_) + "] " + doing +
+                 " in group " + group.name_),
           timeout_(timeout),
           deadline_(std::chrono::steady_clock::now() + timeout),
           tag_(tag) {}
+    Pending(const Pending&) = delete;
+    Pending& operator=(const Pending&) = delete;
+    ~Pending() override {
+      if (is_done_ || requests_.empty()) return;
+      *broken_ = true;
+      keep_for_ever(std::move(kept_));
+    }
 
     int tag() const { return tag_; }
-    std::string doing() const {
-      return "[rank " + std::to_string(group_.rank_) + "/" + std::to_string(group_.size_) + "] " + doing_ +
-             " in group " + group_.name_;
-    }
+    const std::string& doing() const { return doing_; }
     void keep(const at::Tensor& tensor) { kept_.push_back(tensor); }
     void then(std::function<void()> finish) { finish_ = std::move(finish); }
     MPI_Request* request() {  // valid until the next one is asked for
@@ -213,64 +233,77 @@ class MpiGroup : public ProcessGroup {
     }
 
     bool poll() override {
-      if (group_.broken_) throw CollectiveError(doing() + " was aborted");
+      if (*broken_) throw CollectiveError(doing_ + " was aborted");
       int done = 0;
       const int code = MPI_Testall(static_cast<int>(requests_.size()), requests_.data(), &done, MPI_STATUSES_IGNORE);
-      if (code != MPI_SUCCESS) group_.broken_ = true;
-      check_mpi(code, doing());
-      if (done && finish_) std::exchange(finish_, nullptr)();
-      return done;
+      if (code != MPI_SUCCESS) *broken_ = true;
+      check_mpi(code, doing_);
+      is_done_ = done != 0;
+      if (is_done_ && finish_) std::exchange(finish_, nullptr)();
+      return is_done_;
     }
 
     void wait() override {
-      for (int spins = 0; !poll(); ++spins) {
+      for (int64_t spins = 0; !poll(); ++spins) {
         if (spins < kSpinsBeforeYield) continue;
         sched_yield();
         if (spins % 64 == 0 && std::chrono::steady_clock::now() > deadline_) {
-          group_.broken_ = true;
+          *broken_ = true;
           throw CollectiveError(
-              doing() + " timed out after " + std::to_string(timeout_.count()) +
+              doing_ + " timed out after " + std::to_string(timeout_.count()) +
               " ms. Mend: look for the first ERROR of another rank; run again to go on from the last checkpoint");
         }
       }
     }
 
    private:
-    MpiGroup& group_;
+    std::shared_ptr<std::atomic<bool>> broken_;  // the group's
     std::string doing_;
     Milliseconds timeout_;
     std::chrono::steady_clock::time_point deadline_;
     int tag_;
+    bool is_done_ = false;
     std::vector<MPI_Request> requests_;
     std::vector<at::Tensor> kept_;
     std::function<void()> finish_;
   };
 
-  std::unique_ptr<Pending> begin(const char* operation, const at::Tensor& tensor, Milliseconds timeout,
+  std::unique_ptr<Pending> begin(const std::string& operation, const at::Tensor& tensor, Milliseconds timeout,
                                  bool check_size = true) {
-    if (broken_)
-      throw CollectiveError("group " + name_ + " is unusable after an earlier error; " + operation +
-                            " was not started");
+    refuse_if_broken(operation);
     std::string doing = operation;
     if (tensor.defined()) doing += " of " + std::to_string(tensor.numel()) + " " + at::toString(tensor.scalar_type());
-    if (options_.check_collectives) check_agreement(check_size ? doing : operation);
+    if (options_.check_collectives)
+      check_agreement(check_size ? doing : operation + " of " + at::toString(tensor.scalar_type()), timeout);
     const int tag = kUserTags + static_cast<int>(sequence_++ % kCollectiveTags);
     return std::make_unique<Pending>(*this, doing + " (call " + std::to_string(sequence_) + ")", timeout, tag);
   }
 
-  void check_agreement(const std::string& doing) {
-    std::array<char, 120> mine{};
-    std::memcpy(mine.data(), doing.data(), std::min(doing.size(), mine.size() - 1));
-    std::vector<char> all(mine.size() * size_);
-    check_mpi(MPI_Allgather(mine.data(), static_cast<int>(mine.size()), MPI_CHAR, all.data(),
-                            static_cast<int>(mine.size()), MPI_CHAR, comm_.get()),
-              "comparing collectives");
+  void refuse_if_broken(const std::string& operation) const {
+    if (*broken_) {
+      throw CollectiveError("group " + name_ + " is unusable after an earlier error; " + operation +
+                            " was not started");
+    }
+  }
+
+  void check_agreement(const std::string& doing, Milliseconds timeout) {
+    constexpr int64_t kWidth = 120;
+    at::Tensor mine = at::zeros({kWidth}, at::kByte), all = at::empty({size_, kWidth}, at::kByte);
+    std::memcpy(mine.data_ptr(), doing.data(), std::min<size_t>(doing.size(), kWidth - 1));
+    Pending comparing(*this, "comparing " + doing, timeout, 0);
+    comparing.keep(mine);
+    comparing.keep(all);
+    check_mpi(MPI_Iallgather(mine.data_ptr(), kWidth, MPI_CHAR, all.data_ptr(), kWidth, MPI_CHAR, comm_.get(),
+                             comparing.request()),
+              comparing.doing());
+    comparing.wait();
     for (int rank = 0; rank < size_; ++rank) {
-      const char* theirs = all.data() + rank * mine.size();
-      if (std::strcmp(theirs, mine.data()) != 0) {
-        broken_ = true;
-        throw ShapeMismatch("group " + name_ + ": rank " + std::to_string(rank_) + " calls " + mine.data() +
-                            " while rank " + std::to_string(rank) + " calls " + theirs);
+      const auto *ours = static_cast<const char*>(mine.data_ptr()),
+                 *theirs = static_cast<const char*>(all.data_ptr()) + rank * kWidth;
+      if (std::strcmp(theirs, ours) != 0) {
+        *broken_ = true;
+        throw ShapeMismatch("group " + name_ + ": rank " + std::to_string(rank_) + " calls " + ours + " while rank " +
+                            std::to_string(rank) + " calls " + theirs);
       }
     }
   }
@@ -336,7 +369,7 @@ class MpiGroup : public ProcessGroup {
   MpiOptions options_;
   int rank_ = 0, size_ = 1;
   int64_t sequence_ = 0;
-  std::atomic<bool> broken_{false};
+  std::shared_ptr<std::atomic<bool>> broken_ = std::make_shared<std::atomic<bool>>(false);
 };
 
 }  // namespace

@@ -51,6 +51,14 @@ std::unique_ptr<ProcessGroup> make_world(const RankInfo& info, const RuntimeOpti
   return make_mpi_world();
 }
 
+// A mistake in flags or files mostly shows on every rank alike: rank 0 says it, and SIGTERM comes when the job is taken
+// down. A rank that is left alone is alone with its mistake (a file missing on its node), and must speak for itself.
+bool rank_zero_says_it() {
+  g_stop = 0;
+  for (int i = 0; i < 100 && g_stop == 0; ++i) usleep(10'000);
+  return g_stop != 0;
+}
+
 bool mpi_is_up() {
   int initialized = 0, finalized = 0;
   MPI_Initialized(&initialized);
@@ -91,12 +99,9 @@ int run_rank(const RuntimeOptions& options, const std::function<int(Runtime&)>& 
   } catch (...) {
     const Failure failure = describe_current_exception();
     const int code = static_cast<int>(failure.code);
-    // A mistake in flags or files shows on every rank alike: one says it. Anything else is each rank's own news.
-    if (failure.code != ExitCode::kConfig || rank == 0 || !mpi_is_up()) LOG(ERROR) << failure.message;
+    if (failure.code != ExitCode::kConfig || rank == 0 || !rank_zero_says_it()) LOG(ERROR) << failure.message;
     if (runtime) runtime->world().abort();
     google::FlushLogFiles(google::INFO);
-    if (failure.code == ExitCode::kConfig && rank != 0)
-      usleep(200'000);  // rank 0 gets to say it before the job is taken down
     if (mpi_is_up()) MPI_Abort(MPI_COMM_WORLD, code);
     std::_Exit(code);  // destructors could wait for peers that are gone
   }

@@ -44,7 +44,9 @@ class CachingAllocator : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
     if (bytes == 0) return {nullptr, nullptr, &release, at::kCPU};
-    void* block = take(class_of(bytes));
+    const int size_class = class_of(bytes);
+    if (size_class >= kClasses) throw std::bad_alloc();
+    void* block = take(size_class);
     void* data = static_cast<char*>(block) + kLine;
     return {data, data, &release, at::kCPU};
   }

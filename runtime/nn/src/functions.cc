@@ -89,6 +89,13 @@ struct Rope : Function<Rope> {
   }
 };
 
+void check_targets(const at::Tensor& targets, int64_t rows) {
+  LOCKSTEP_CHECK(targets.is_cpu() && targets.scalar_type() == at::kLong && targets.dim() == 1 &&
+                 targets.size(0) == rows)
+      << "targets " << targets.sizes() << " " << targets.scalar_type() << " for " << rows
+      << " rows: they must be i64 [N]";
+}
+
 // Loss of the rows of `logits`, which become the gradient of the loss.
 double consume_logits(at::Tensor& logits, const int64_t* targets, int64_t vocab) {
   double loss = 0;
@@ -110,7 +117,7 @@ double consume_logits(at::Tensor& logits, const int64_t* targets, int64_t vocab)
 // Gradients are made in the forward pass, for a gradient of 1, and scaled in the backward one.
 struct LinearCrossEntropy : Function<LinearCrossEntropy> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x_in, const at::Tensor& weight,
-                            const at::Tensor& targets_in) {
+                            const at::Tensor& targets_in, bool with_grad) {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const bool bf16 = is_bf16() || x_in.scalar_type() == at::kBFloat16;
     const at::Tensor x = bf16 ? x_in.to(at::kBFloat16) : x_in, w = bf16 ? bf16_weight(weight) : weight,
@@ -118,8 +125,9 @@ struct LinearCrossEntropy : Function<LinearCrossEntropy> {
     const int64_t rows = x.size(0), vocab = w.size(0);
     const int64_t chunk =
         std::max<int64_t>(1, std::min(rows, kLogitBytes / (vocab * static_cast<int64_t>(x.element_size()))));
-    const bool x_needs = x_in.requires_grad(), w_needs = weight.requires_grad();
+    const bool x_needs = with_grad && x_in.requires_grad(), w_needs = with_grad && weight.requires_grad();
     at::Tensor x_grad = x_needs ? at::empty_like(x) : at::Tensor(), w_grad;
+    if (w_needs && rows == 0) w_grad = at::zeros_like(weight);
     double loss = 0;
     for (int64_t begin = 0; begin < rows; begin += chunk) {
       const int64_t n = std::min(chunk, rows - begin);
@@ -150,7 +158,7 @@ struct LinearCrossEntropy : Function<LinearCrossEntropy> {
     if (saved[0].defined())
       x_grad = (ctx->saved_data["x_is_f32"].toBool() ? saved[0].to(at::kFloat) : saved[0]).mul(scale);
     if (saved[1].defined()) w_grad = saved[1].mul(scale);
-    return {x_grad, w_grad, at::Tensor()};
+    return {x_grad, w_grad, at::Tensor(), at::Tensor()};
   }
 };
 
@@ -171,7 +179,11 @@ struct CrossEntropy : Function<CrossEntropy> {
 at::Tensor gelu(const at::Tensor& x) { return has_kernel(x) ? Gelu::apply(x) : at::gelu(x, "tanh"); }
 
 at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up) {
-  return has_kernel(gate) ? SwiGlu::apply(gate, up) : at::silu(gate) * up;
+  if (!has_kernel(gate)) return at::silu(gate) * up;
+  LOCKSTEP_CHECK(up.sizes() == gate.sizes() && up.scalar_type() == gate.scalar_type() && up.is_cpu())
+      << "swiglu of a gate " << gate.sizes() << " " << gate.scalar_type() << " and an up " << up.sizes() << " "
+      << up.scalar_type() << ": they must be alike";
+  return SwiGlu::apply(gate, up);
 }
 
 at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal) {
@@ -183,6 +195,12 @@ at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
 }
 
 at::Tensor rope(const at::Tensor& x, const at::Tensor& cosines, const at::Tensor& sines) {
+  for (const at::Tensor& table : {cosines, sines}) {
+    LOCKSTEP_CHECK(x.dim() == 4 && x.size(3) % 2 == 0 && table.sizes() == at::IntArrayRef({x.size(1), x.size(3) / 2}) &&
+                   table.scalar_type() == at::kFloat && table.is_contiguous())
+        << "rope of " << x.sizes() << " with a table " << table.sizes() << " " << table.scalar_type()
+        << ": [B, T, heads, D] needs contiguous f32 tables [T, D/2], D even";
+  }
   if (has_kernel(x)) return Rope::apply(x, cosines, sines);
   const at::Tensor cosine = cosines.to(x.device()).view({1, x.size(1), 1, -1}),
                    sine = sines.to(x.device()).view({1, x.size(1), 1, -1});
@@ -201,11 +219,18 @@ std::pair<at::Tensor, at::Tensor> rope_tables(int64_t length, int64_t head_dim, 
 at::Tensor linear_cross_entropy_sum(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& targets) {
   if (!has_kernel(x))
     return at::cross_entropy_loss(at::linear(x, weight).to(at::kFloat), targets, {}, at::Reduction::Sum, kIgnore);
-  return LinearCrossEntropy::apply(x, weight, targets);
+  LOCKSTEP_CHECK(x.dim() == 2 && weight.dim() == 2 && weight.size(0) > 0 && weight.size(1) == x.size(1))
+      << "cross-entropy of x " << x.sizes() << " with a weight " << weight.sizes()
+      << ": they must be [N, C] and [V, C]";
+  check_targets(targets, x.size(0));
+  // Inside a Function gradients are off and tensors still say that they require one.
+  return LinearCrossEntropy::apply(x, weight, targets, at::GradMode::is_enabled());
 }
 
 at::Tensor cross_entropy_sum(const at::Tensor& logits, const at::Tensor& targets) {
   if (!has_kernel(logits)) return at::cross_entropy_loss(logits, targets, {}, at::Reduction::Sum, kIgnore);
+  LOCKSTEP_CHECK(logits.dim() == 2 && logits.size(1) > 0) << "cross-entropy of logits " << logits.sizes();
+  check_targets(targets, logits.size(0));
   return CrossEntropy::apply(logits, targets);
 }
 

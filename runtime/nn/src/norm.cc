@@ -1,5 +1,6 @@
 #include <torch/torch.h>
 
+#include <lockstep/base/error.h>
 #include <lockstep/nn/norm.h>
 #include <lockstep/nn/precision.h>
 
@@ -67,15 +68,27 @@ bool has_kernel(const at::Tensor& x) {
   return x.is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);
 }
 
+// The kernels read it by address.
+void check_scale(const char* what, const at::Tensor& scale, const at::Tensor& x) {
+  LOCKSTEP_CHECK(x.dim() > 0 && x.size(-1) > 0) << "norm over an empty last dim of " << x.sizes();
+  LOCKSTEP_CHECK(scale.is_cpu() && scale.scalar_type() == at::kFloat && scale.is_contiguous() &&
+                 scale.numel() == x.size(-1))
+      << "norm " << what << " of sizes " << scale.sizes() << ", " << scale.scalar_type()
+      << ": it must be contiguous f32 on the CPU, as long as the last dim of " << x.sizes();
+}
+
 }  // namespace
 
 at::Tensor layer_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double epsilon) {
   if (!has_kernel(x)) return at::layer_norm(x, {x.size(-1)}, weight, bias, epsilon);
+  check_scale("weight", weight, x);
+  check_scale("bias", bias, x);
   return Norm::apply(x, weight, std::optional(bias), epsilon, /*rms=*/false);
 }
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double epsilon) {
   if (!has_kernel(x)) return at::rms_norm(x, {x.size(-1)}, weight, epsilon);
+  check_scale("weight", weight, x);
   return Norm::apply(x, weight, std::nullopt, epsilon, /*rms=*/true);
 }
 

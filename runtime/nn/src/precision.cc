@@ -1,6 +1,7 @@
 #include <atomic>
 #include <map>
 #include <mutex>
+#include <vector>
 
 #include <ATen/autocast_mode.h>
 
@@ -12,6 +13,7 @@ namespace lockstep::nn {
 namespace {
 
 struct CachedWeight {
+  std::vector<int64_t> sizes, strides;  // a weight and its transpose have the same address
   uint64_t generation = 0;
   uint32_t version = 0;
   at::Tensor copy;
@@ -36,13 +38,15 @@ thread_local bool t_may_cache = false;
 AutocastGuard::AutocastGuard(c10::DeviceType device, bool bf16)
     : device_(device),
       was_enabled_(at::autocast::is_autocast_enabled(device)),
-      was_cached_(at::autocast::is_autocast_cache_enabled()) {
+      was_cached_(at::autocast::is_autocast_cache_enabled()),
+      was_dtype_(at::autocast::get_autocast_dtype(device)) {
   at::autocast::set_autocast_dtype(device, at::kBFloat16);
   at::autocast::set_autocast_enabled(device, bf16);
   at::autocast::set_autocast_cache_enabled(false);
 }
 
 AutocastGuard::~AutocastGuard() {
+  at::autocast::set_autocast_dtype(device_, was_dtype_);
   at::autocast::set_autocast_enabled(device_, was_enabled_);
   at::autocast::set_autocast_cache_enabled(was_cached_);
 }
@@ -60,13 +64,16 @@ at::Tensor bf16_weight(const at::Tensor& weight) {
   const at::Tensor plain = weight.detach();
   if (!t_may_cache) return plain.to(at::kBFloat16);
   const std::lock_guard lock(cache().mutex);  // held while casting, so that a second lane waits instead of casting too
-  auto& [generation, version, copy] = cache().weights[{plain.const_data_ptr(), plain.numel()}];
-  if (generation != g_generation || version != plain._version()) {
-    if (copy.defined() && copy.sizes() == plain.sizes() && copy.use_count() == 1) {
+  auto& [sizes, strides, generation, version, copy] = cache().weights[{plain.const_data_ptr(), plain.numel()}];
+  const bool same_view = plain.sizes() == sizes && plain.strides() == strides;
+  if (!same_view || generation != g_generation || version != plain._version()) {
+    if (copy.defined() && same_view && copy.use_count() == 1) {
       copy.copy_(plain);
     } else {
       copy = plain.to(at::kBFloat16);
     }
+    sizes = plain.sizes().vec();
+    strides = plain.strides().vec();
     generation = g_generation;
     version = plain._version();
   }

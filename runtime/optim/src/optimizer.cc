@@ -13,6 +13,10 @@ namespace {
 
 constexpr int64_t kPartMultiple = 1024;  // elements: parts of two lanes stay pages apart
 
+bool is_usable(const at::Tensor& tensor) {
+  return tensor.defined() && tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == at::kFloat;
+}
+
 // State beside each parameter, and the cut of all elements into parts.
 class FlatOptimizer : public Optimizer {
  public:
@@ -20,9 +24,9 @@ class FlatOptimizer : public Optimizer {
 
   void attach(std::vector<LocalParameter> parameters) override {
     parameters_ = std::move(parameters);
+    state_.clear();
     for (const auto& [name, parameter, grad, decay] : parameters_) {
-      LOCKSTEP_CHECK(parameter.is_contiguous() && grad.is_contiguous() && parameter.scalar_type() == at::kFloat &&
-                     grad.scalar_type() == at::kFloat && grad.numel() == parameter.numel() && parameter.is_cpu())
+      LOCKSTEP_CHECK(is_usable(parameter) && is_usable(grad) && grad.numel() == parameter.numel())
           << "optimizer got " << name << " that is not contiguous f32 on the CPU with a gradient of its size";
       auto& state = state_.emplace_back();
       for (size_t kind = 0; kind < kinds_.size(); ++kind) state.push_back(at::zeros_like(parameter));

@@ -25,6 +25,8 @@ class Mesh {
  public:
   Mesh(ProcessGroup& world, MeshShape shape);
   ~Mesh();
+  Mesh(const Mesh&) = delete;
+  Mesh& operator=(const Mesh&) = delete;
   const MeshShape& shape() const { return shape_; }
   ProcessGroup& world() const { return *world_; }
   ProcessGroup& data() const { return *data_; }

@@ -20,6 +20,8 @@ class Runtime {
  public:
   Runtime(RankInfo info, at::Device device, std::unique_ptr<ProcessGroup> world);
   ~Runtime();
+  Runtime(const Runtime&) = delete;
+  Runtime& operator=(const Runtime&) = delete;
   const RankInfo& info() const { return info_; }
   at::Device device() const { return device_; }
   ProcessGroup& world() const { return *world_; }
@@ -33,7 +35,7 @@ class Runtime {
 /// The body of every main(): starts MPI (or not, when alone), logging and the back end, runs `body`, and ends so that
 /// no rank dies alone: any exception logs one ERROR, aborts communicators and calls MPI_Abort with the error's exit
 /// code. Only the healthy path finalizes MPI. Installs SIGUSR1/SIGTERM handlers first thing (see stop_requested). Call
-/// after flags are parsed; a ConfigError thrown by `body` on every rank is logged once.
+/// after flags are parsed; a ConfigError thrown by `body` on every rank is logged once, by rank 0.
 /// @return the process's exit code.
 int run_rank(const RuntimeOptions& options, const std::function<int(Runtime&)>& body);
 

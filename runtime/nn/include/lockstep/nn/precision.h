@@ -1,6 +1,7 @@
 #pragma once
 
 #include <c10/core/DeviceType.h>
+#include <c10/core/ScalarType.h>
 
 namespace lockstep::nn {
 
@@ -17,6 +18,7 @@ class AutocastGuard {
  private:
   c10::DeviceType device_;
   bool was_enabled_, was_cached_;
+  c10::ScalarType was_dtype_;
 };
 
 /// Whether this thread is inside a bf16 AutocastGuard.

@@ -14,8 +14,9 @@ struct ScheduleOptions {
   double decay_fraction = 0.2;  ///< wsd: the share of total_steps that decays, linearly, at the end
 };
 
-/// The rate of 0-based `step`: a pure function, nothing to save. Source for wsd: Hu et al., MiniCPM, arXiv:2404.06395.
-/// @throws ConfigError unknown kind, warm-up longer than the run.
+/// The rate of 0-based `step`: a pure function, nothing to save. Past the end: the last step's rate. Source for wsd: Hu
+/// et al., MiniCPM, arXiv:2404.06395.
+/// @throws ConfigError unknown kind, warm-up longer than the run; at any step, so one call checks the options.
 double learning_rate_at(const ScheduleOptions& options, int64_t step);
 
 }  // namespace lockstep::optim

@@ -1,0 +1,158 @@
+// Dropout and initial values: streams named by keys.
+#include <cmath>
+#include <set>
+#include <thread>
+
+#include <gtest/gtest.h>
+
+#include <lockstep/nn/dropout.h>
+#include <lockstep/nn/init.h>
+
+#include "compare.h"
+
+namespace lockstep::nn {
+namespace {
+
+at::Tensor mask(int64_t n, double p, StepKey key, uint64_t layer) {
+  const StepScope scope(key);
+  return dropout(at::ones({n}), p, true, layer);
+}
+
+TEST(DropoutTest, ElementsAreDecidedByThePhiloxStreamOfTheKey) {  // part of every run's bits
+  constexpr int64_t kElements = 1003;
+  const at::Tensor got = mask(kElements, 0.3, {1, 2, 3}, 4);
+  const uint64_t key = stream_key(stream_key(1, 2, 3, 4), "dropout");
+  for (int64_t i = 0; i < kElements; ++i) {
+    const uint32_t draw = philox4x32(key, static_cast<uint64_t>(i / 4), 0)[i % 4];
+    ASSERT_EQ(got[i].item<float>(), draw / 0x1p32 < 0.7 ? static_cast<float>(1 / 0.7) : 0.0F) << i;
+  }
+}
+
+TEST(DropoutTest, TheSameKeyGivesTheSameBitsInAnyThreadAndOrder) {
+  const StepKey key{5, 6, 7};
+  const at::Tensor first = mask(1003, 0.5, key, 1);
+  mask(77, 0.5, {9, 9, 9}, 2);
+  EXPECT_TRUE(same_bits(mask(1003, 0.5, key, 1), first));
+  std::vector<at::Tensor> others(4);
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < others.size(); ++i)
+    threads.emplace_back([&, i] {
+      mask(static_cast<int64_t>(i), 0.5, {i, 0, 0}, 3);
+      others[i] = mask(1003, 0.5, key, 1);
+    });
+  for (auto& thread : threads) thread.join();
+  for (const auto& other : others) EXPECT_TRUE(same_bits(other, first));
+}
+
+TEST(DropoutTest, EveryPartOfTheKeyMakesAStreamOfItsOwn) {
+  constexpr int64_t kElements = 10'007;
+  const std::vector<at::Tensor> masks = {mask(kElements, 0.5, {1, 2, 3}, 4), mask(kElements, 0.5, {2, 2, 3}, 4),
+                                         mask(kElements, 0.5, {1, 3, 3}, 4), mask(kElements, 0.5, {1, 2, 4}, 4),
+                                         mask(kElements, 0.5, {1, 2, 3}, 5), mask(kElements, 0.5, {2, 1, 3}, 4),
+                                         mask(kElements, 0.5, {1, 3, 2}, 4), mask(kElements, 0.5, {1, 2, 4}, 3)};
+  for (size_t i = 0; i < masks.size(); ++i) {
+    for (size_t j = 0; j < i; ++j) {
+      const double agree = masks[i].eq(masks[j]).to(at::kDouble).mean().item<double>();
+      EXPECT_NEAR(agree, 0.5, 5 * 0.5 / std::sqrt(kElements)) << i << " " << j;
+    }
+  }
+}
+
+TEST(DropoutTest, AnElementDependsOnItsIndexOnly) {
+  const StepScope scope({1, 2, 3});
+  const at::Tensor longest = dropout(at::ones({1003}), 0.4, true, 1);
+  for (const int64_t n : {0, 1, 3, 4, 5, 17, 1002})
+    EXPECT_TRUE(same_bits(dropout(at::ones({n}), 0.4, true, 1), longest.narrow(0, 0, n))) << n;
+  const at::Tensor strided = at::ones({59, 17}).t();
+  EXPECT_TRUE(same_bits(dropout(strided, 0.4, true, 1), longest.view({17, 59}))) << "by strides, not by index";
+}
+
+TEST(DropoutTest, KeepsTheShareItShould) {
+  constexpr int64_t kElements = 1'000'003;
+  for (const double p : {0.01, 0.1, 0.5, 0.9}) {
+    const at::Tensor out = mask(kElements, p, {11, 0, 0}, 0);
+    const double kept = out.ne(0).to(at::kDouble).mean().item<double>();
+    EXPECT_NEAR(kept, 1 - p, 5 * std::sqrt(p * (1 - p) / kElements)) << p;
+    EXPECT_TRUE(out.eq(0).logical_or(out.eq(static_cast<float>(1 / (1 - p)))).all().item<bool>()) << p;
+  }
+}
+
+TEST(DropoutTest, WithoutWorkToDoItReturnsWhatItGot) {
+  const at::Tensor x = normal({3, 7}, 1);
+  EXPECT_TRUE(dropout(x, 0.0, true, 1).is_same(x));
+  EXPECT_TRUE(dropout(x, 0.5, false, 1).is_same(x));
+  EXPECT_FALSE(dropout(x, 1.0, true, 1).any().item<bool>());
+}
+
+TEST(DropoutTest, TheGradientGoesThroughWhatWasKeptAndBf16StaysBf16) {
+  const StepScope scope({1, 2, 3});
+  for (const auto type : {at::kFloat, at::kBFloat16}) {
+    const at::Tensor x = normal({17, 3}, 1, type).requires_grad_(), y = dropout(x, 0.25, true, 1);
+    const at::Tensor scale = dropout(at::ones({17, 3}, type), 0.25, true, 1);
+    EXPECT_EQ(y.scalar_type(), type);
+    EXPECT_TRUE(same_bits(y.detach(), x.detach() * scale));
+    const at::Tensor upstream = normal({17, 3}, 2, type);
+    EXPECT_TRUE(same_bits(torch::autograd::grad({y}, {x}, {upstream})[0], upstream * scale));
+    EXPECT_LE(error_of(scale, scale.ne(0).to(at::kDouble) / 0.75), type == at::kFloat ? kF32 : kBf16);
+  }
+}
+
+TEST(StepScopeTest, EndsWithTheKeyThatWas) {
+  const StepScope outer({1, 0, 0});
+  const at::Tensor before = dropout(at::ones({99}), 0.5, true, 0);
+  {
+    const StepScope inner({2, 0, 0});
+    EXPECT_FALSE(at::equal(dropout(at::ones({99}), 0.5, true, 0), before));
+  }
+  EXPECT_TRUE(same_bits(dropout(at::ones({99}), 0.5, true, 0), before));
+  std::thread([&] {
+    EXPECT_FALSE(at::equal(dropout(at::ones({99}), 0.5, true, 0), before)) << "a key of another thread";
+  }).join();
+}
+
+TEST(InitTest, ElementsAreThoseOfTheNamedStream) {
+  const at::Tensor normals = at::empty({3, 7}), uniforms = at::empty({3, 7});
+  fill_normal(normals, 5, "block1.up.weight", 0.02);
+  fill_uniform(uniforms, 5, "block1.up.weight", 0.3);
+  const uint64_t key = stream_key(5, "block1.up.weight");
+  for (uint64_t i = 0; i < 21; ++i) {
+    EXPECT_EQ(normals.const_data_ptr<float>()[i], 0.02F * normal_at(key, i)) << i;
+    EXPECT_EQ(uniforms.const_data_ptr<float>()[i], 0.3F * (2 * uniform_at(key, i) - 1)) << i;
+  }
+}
+
+TEST(InitTest, OrderShapeStridesAndTypeChangeNothing) {
+  const auto filled = [](const at::Tensor& t, uint64_t seed, const std::string& name) {
+    fill_normal(t, seed, name, 0.02);
+    return t;
+  };
+  const at::Tensor a = filled(at::empty({6, 7}), 1, "a"), b = filled(at::empty({5}), 1, "b");
+  EXPECT_TRUE(same_bits(filled(at::empty({5}), 1, "b"), b));
+  EXPECT_TRUE(same_bits(filled(at::empty({6, 7}), 1, "a"), a));
+  EXPECT_TRUE(same_bits(filled(at::empty({3, 7}), 1, "a"), a.narrow(0, 0, 3))) << "a shorter tensor has other values";
+  EXPECT_TRUE(same_bits(filled(at::empty({7, 6}).t(), 1, "a"), a));
+  EXPECT_TRUE(same_bits(filled(at::empty({6, 7}, at::kBFloat16), 1, "a"), a.to(at::kBFloat16)));
+  EXPECT_TRUE(same_bits(filled(at::empty({6, 7}).requires_grad_(), 1, "a").detach(), a)) << "a parameter";
+  EXPECT_EQ(filled(at::empty({0, 3}), 1, "a").numel(), 0);
+  EXPECT_FALSE(at::equal(filled(at::empty({6, 7}), 2, "a"), a));
+  EXPECT_FALSE(at::equal(filled(at::empty({6, 7}), 1, "c"), a));
+}
+
+TEST(InitTest, DistributionsHaveTheirMoments) {
+  constexpr int64_t kElements = 1'000'003;
+  const at::Tensor x = at::empty({kElements});
+  const double root = std::sqrt(kElements);
+  fill_normal(x, 3, "n", 0.02);
+  EXPECT_NEAR(x.to(at::kDouble).mean().item<double>(), 0, 5 * 0.02 / root);
+  EXPECT_NEAR(x.to(at::kDouble).std().item<double>(), 0.02, 5 * 0.02 / std::sqrt(2.0) / root);
+  fill_uniform(x, 3, "u", 0.3);
+  EXPECT_NEAR(x.to(at::kDouble).mean().item<double>(), 0, 5 * 0.3 / std::sqrt(3.0) / root);
+  EXPECT_NEAR(x.to(at::kDouble).square().mean().item<double>(), 0.03, 5 * 0.03 * std::sqrt(0.8) / root);
+  EXPECT_GE(x.min().item<double>(), -0.3F);
+  EXPECT_LT(x.max().item<double>(), 0.3F);
+  fill_constant(x, -1.5);
+  EXPECT_TRUE(x.eq(-1.5).all().item<bool>());
+}
+
+}  // namespace
+}  // namespace lockstep::nn
