@@ -92,7 +92,13 @@ int run_rank(const RuntimeOptions& options, const std::function<int(Runtime&)>& 
     }
     configure_arithmetic(1);
     runtime = std::make_unique<Runtime>(info, at::kCPU, make_world(info, options));
-    const int code = body(*runtime);
+    int code = 0;
+    try {
+      code = body(*runtime);
+    } catch (const Preempted& stop) {
+      LOG_IF(INFO, rank == 0) << stop.what();
+      code = static_cast<int>(stop.exit_code());
+    }
     runtime->world().close();
     if (mpi_is_up()) MPI_Finalize();
     return code;

@@ -35,6 +35,20 @@ size_t bytes_of(int size_class) {
   return (size_t{1} << power) + static_cast<size_t>(size_class % 4 + 1) * (size_t{1} << (power - 2));
 }
 
+size_t rounded_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Whole huge pages of address space, never given back. What is cut off at the ends costs addresses, not memory.
+void* map_huge(size_t bytes) {
+  const size_t size = rounded_up(bytes, kHugeBytes);
+  void* mapped = mmap(nullptr, size + kHugeBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                      /*fd=*/-1, /*offset=*/0);
+  if (mapped == MAP_FAILED) return nullptr;
+  void* block = static_cast<char*>(mapped) +
+                (rounded_up(reinterpret_cast<size_t>(mapped), kHugeBytes) - reinterpret_cast<size_t>(mapped));
+  madvise(block, size, MADV_HUGEPAGE);
+  return block;
+}
+
 struct alignas(64) FreeList {
   std::mutex mutex;
   std::vector<void*> blocks;
@@ -70,12 +84,9 @@ class CachingAllocator : public c10::Allocator {
     if (block) {
       cached_ -= bytes;
     } else {
-      const bool big = static_cast<size_t>(bytes) >= kHugeBytes;
-      const size_t alignment = big ? kHugeBytes : kLine;
-      const size_t size = (static_cast<size_t>(bytes) + kLine + alignment - 1) / alignment * alignment;
-      block = std::aligned_alloc(alignment, size);
+      const size_t size = static_cast<size_t>(bytes) + kLine;
+      block = size >= kHugeBytes ? map_huge(size) : std::aligned_alloc(kLine, size);  // size is a multiple of kLine
       if (!block) throw std::bad_alloc();
-      if (big) madvise(block, size, MADV_HUGEPAGE);
       *static_cast<int*>(block) = size_class;
     }
     const int64_t now = current_ += bytes;

@@ -22,6 +22,7 @@
 #include <lockstep/sharding/gradient_reducer.h>
 #include <lockstep/train/trainer.h>
 
+#include "heartbeat.h"
 #include "lanes.h"
 #include "run_directory.h"
 #include "step_exchange.h"
@@ -42,6 +43,17 @@ int64_t resident_bytes() {
     std::fclose(file);
   }
   return static_cast<int64_t>(resident) * sysconf(_SC_PAGESIZE);
+}
+
+void share_storage(const std::vector<at::Tensor>& from, const std::vector<at::Tensor>& to) {
+  for (size_t i = 0; i < to.size(); ++i) to[i].set_data(from[i].detach());
+}
+
+// How often each of a model's buffers was written so far.
+std::vector<uint32_t> buffer_versions(const torch::nn::Module& model) {
+  std::vector<uint32_t> versions;
+  for (const at::Tensor& buffer : model.buffers()) versions.push_back(buffer._version());
+  return versions;
 }
 
 // What rank 0 writes while the run goes on.
@@ -84,6 +96,7 @@ class Trainer {
   // The step, top to bottom.
   void step();
   void compute_leaf(int lane, int64_t leaf, const data::Batch& batch, size_t slot);
+  void refuse_written_buffers(const std::vector<uint32_t>& versions_before);
   void skip_step(const StepReport& report, double loss);
   void update(double grad_norm, double learning_rate);
   void report_step(double loss, double grad_norm, double learning_rate, double accuracy, double step_s);
@@ -92,6 +105,7 @@ class Trainer {
   void evaluate();
   void save();
   void stop_if_asked(bool asked);
+  void sign_off();
   data::Batch on_device(const data::Batch& batch) const;
   bool is_chief() const { return world_.rank() == 0; }
 
@@ -112,6 +126,7 @@ class Trainer {
   std::unique_ptr<checkpoint::Store> store_;
   std::unique_ptr<metrics::Ledger> ledger_;
   std::unique_ptr<Watch> watch_;
+  std::unique_ptr<Heartbeat> heartbeat_;
   std::string config_;
   uint64_t epoch_ = 0;  // fencing: of this start
 
@@ -136,9 +151,12 @@ int Trainer::num_lanes() {
 void Trainer::build_model() {
   for (int lane = 0; lane < lanes_.size(); ++lane) {
     models_.push_back(task_.make_model());
-    if (lane == 0) models_[0]->to(device_);
-    const auto mine = models_[lane]->named_parameters(), first = models_[0]->named_parameters();
-    for (size_t i = 0; lane > 0 && i < mine.size(); ++i) mine[i].value().set_data(first[i].value().data());
+    if (lane == 0) {
+      models_[0]->to(device_);
+    } else {
+      share_storage(models_[0]->parameters(), models_[lane]->parameters());
+      share_storage(models_[0]->buffers(), models_[lane]->buffers());
+    }
   }
   for (const auto& item : models_[0]->named_parameters()) {
     if (item.value().requires_grad()) parameters_.push_back({item.key(), item.value()});
@@ -181,6 +199,8 @@ void Trainer::build_data() {
 void Trainer::open_run() {
   config_ = config_json(options_, task_.config_json());
   prepare_run_directory(fs_, world_, options_.run_dir);
+  if (is_chief() || std::string_view(world_.backend()) != "local")  // ranks that are threads share one log
+    start_logging("lockstep", world_.rank(), world_.size(), options_.run_dir + "/logs");
   epoch_ = checkpoint::acquire_epoch(fs_, world_, options_.run_dir, options_.take_over);
   store_ = std::make_unique<checkpoint::Store>(fs_, world_,
                                                checkpoint::Options{.run_dir = options_.run_dir,
@@ -197,6 +217,7 @@ void Trainer::open_run() {
                                                                        .first_step = step_,
                                                                        .pin_memory = device_.is_cuda()});
   if (!is_chief()) return;
+  heartbeat_ = std::make_unique<Heartbeat>(fs_, options_.run_dir, epoch_);
   ledger_ = std::make_unique<metrics::Ledger>(fs_, options_.run_dir + "/ledger.jsonl");
   watch_ = std::make_unique<Watch>(fs_, options_, step_);
   nlohmann::ordered_json record = {{"task", task_.name()},
@@ -287,7 +308,7 @@ Result Trainer::run() {
         nlohmann::ordered_json{{"step", step_}, {"loss", result_.loss}, {"train_s", result_.train_seconds}}.dump());
     LOG(INFO) << "done: " << step_ << " steps in " << result_.train_seconds << " s, loss " << result_.loss
               << (validation_ ? ", validation loss " + std::to_string(result_.validation_loss) : "");
-    checkpoint::release_epoch(fs_, options_.run_dir, epoch_);
+    sign_off();
     models_[0]->eval();
     task_.finished(*models_[0]);
   }
@@ -343,17 +364,31 @@ void Trainer::compute_leaf(int lane, int64_t leaf, const data::Batch& host_batch
   const data::Batch batch = on_device(host_batch);
   model.train();
   reducer_->begin_leaf(lane, leaf);
+  const bool first_step = step_ == result_.steps;
+  const auto versions = first_step ? buffer_versions(model) : std::vector<uint32_t>();
   LossSum loss;
   {
     const nn::AutocastGuard autocast(device_.type(), options_.precision == "bf16");
     loss = task_.loss(model, batch);
   }
+  if (first_step && lane == 0) refuse_written_buffers(versions);
   // The loss is a sum; its gradient carries the divisor, the same on every rank.
   const auto weight =
       at::full({}, static_cast<float>(1.0 / static_cast<double>(step_count_)), loss.sum.options().requires_grad(false));
   torch::autograd::backward({loss.sum}, {weight});
   reducer_->end_leaf(lane);
   leaf_losses_[slot] = {loss.sum.detach(), loss.correct.defined() ? loss.correct.detach() : at::Tensor()};
+}
+
+// What forward writes depends on which micro-batches ran here, and in which order: on the layout.
+void Trainer::refuse_written_buffers(const std::vector<uint32_t>& versions_before) {
+  const auto buffers = models_[0]->named_buffers();
+  for (size_t i = 0; i < buffers.size(); ++i) {
+    if (buffers[i].value()._version() == versions_before[i]) continue;
+    throw ConfigError("the model's forward writes its buffer " + buffers[i].key() +
+                      ", so its value would depend on the number of ranks. Mend: GroupNorm or LayerNorm instead of "
+                      "BatchNorm; keep other such state in the task");
+  }
 }
 
 void Trainer::update(double grad_norm, double learning_rate) {
@@ -480,9 +515,18 @@ void Trainer::save() {
 void Trainer::stop_if_asked(bool asked) {
   if (!asked || step_ == options_.steps) return;
   save();
-  if (is_chief()) ledger_->append("preempted", nlohmann::ordered_json{{"step", step_}}.dump());
+  if (is_chief()) {
+    watch_->progress.finish();
+    ledger_->append("preempted", nlohmann::ordered_json{{"step", step_}}.dump());
+    sign_off();
+  }
   throw Preempted("asked to stop by a signal: saved step " + std::to_string(saved_step_) + " of " +
                   std::to_string(options_.steps) + ". Run again to go on");
+}
+
+void Trainer::sign_off() {
+  heartbeat_.reset();
+  checkpoint::release_epoch(fs_, options_.run_dir, epoch_);
 }
 
 data::Batch Trainer::on_device(const data::Batch& batch) const {
