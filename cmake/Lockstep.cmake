@@ -53,15 +53,16 @@ function(lockstep_add_program name)
   install(TARGETS ${name} RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
 endfunction()
 
-# lockstep_add_test(name SOURCES... LINKS... [WORLD_SIZES 1 2 3] [ARGS...] [TIMEOUT s] [PROCESSORS n] [LABELS...] [TORCH_PCH] [TORCH_FREE])
+# lockstep_add_test(name SOURCES... LINKS... [WORLD_SIZES 1 2 3] [ARGS...] [TIMEOUT s] [PROCESSORS n] [LABELS...] [TORCH_PCH] [TORCH_FREE] [DEEP])
 #   Without WORLD_SIZES: one ctest of a GoogleTest binary, <name>_test.
 #   With WORLD_SIZES: the binary brings its own main (tests/support/mpi_main.cc) and runs under mpirun once for each size.
 #   TORCH_FREE: also built and run by `make test` under the sanitizers.
+#   DEEP: only with LOCKSTEP_DEEP, as `make deep` sets it.
 function(lockstep_add_test name)
-  if(NOT LOCKSTEP_BUILD_TESTS)
+  cmake_parse_arguments(arg "TORCH_PCH;TORCH_FREE;DEEP" "TIMEOUT;PROCESSORS" "SOURCES;LINKS;WORLD_SIZES;ARGS;LABELS;DEPENDS" ${ARGN})
+  if(NOT LOCKSTEP_BUILD_TESTS OR (arg_DEEP AND NOT LOCKSTEP_DEEP))
     return()
   endif()
-  cmake_parse_arguments(arg "TORCH_PCH;TORCH_FREE" "TIMEOUT;PROCESSORS" "SOURCES;LINKS;WORLD_SIZES;ARGS;LABELS;DEPENDS" ${ARGN})
   if(NOT arg_TIMEOUT)
     set(arg_TIMEOUT 120)
   endif()
