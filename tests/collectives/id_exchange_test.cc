@@ -239,25 +239,47 @@ TEST_F(IdExchangeTest, RanksThatDisagreeOnTheWorldAreToldBothSides) {
   }
 }
 
-TEST_F(IdExchangeTest, FilesOfAnEarlierStartAreNotTakenForThisOnes) {
-  const MeetingPlace place = by_file();
+// A rank that was killed after it asked: its request stays.
+void leave_request_of_rank_one(const MeetingPlace& place) {
   const std::string request = place.file + ".1";
-  std::vector<Id> ids;
-  std::thread killed([&] { meet(place, 2, ids, 300ms, {1}); });
+  std::thread killed([&] {
+    Id id{};
+    EXPECT_THROW(exchange_id(place, 1, 2, id, 300ms), CollectiveError);
+  });
   while (!std::filesystem::exists(request)) std::this_thread::sleep_for(1ms);
-  std::filesystem::copy_file(request, folder_ + "/kept");
+  std::filesystem::copy_file(request, place.file + ".kept");
   killed.join();
-  std::filesystem::rename(folder_ + "/kept", request);  // as if killed instead of timed out
+  std::filesystem::rename(place.file + ".kept", request);  // as if killed instead of timed out
+}
 
+TEST_F(IdExchangeTest, TheAnswerOfAnEarlierStartIsNotTaken) {
+  const MeetingPlace place = by_file();
+  leave_request_of_rank_one(place);
   Id earlier = id_of_rank(5);
   EXPECT_THROW(exchange_id(place, 0, 2, earlier, 100ms), CollectiveError);
-  ASSERT_TRUE(std::filesystem::exists(request + ".answer"));
-  std::thread rank_one([&] { EXPECT_THAT(meet(place, 2, ids, 20s, {1}), testing::IsEmpty()); });
+  ASSERT_TRUE(std::filesystem::exists(place.file + ".1.answer"));
+  std::vector<Id> ids;
+  std::thread rank_one([&] { EXPECT_THAT(meet(place, 2, ids, 5s, {1}), testing::IsEmpty()); });
   std::this_thread::sleep_for(50ms);  // with the old answer before its eyes
   Id id = id_of_rank(0);
-  EXPECT_NO_THROW(exchange_id(place, 0, 2, id, 20s));
+  EXPECT_NO_THROW(exchange_id(place, 0, 2, id, 5s));
   rank_one.join();
   EXPECT_EQ(ids[1], id_of_rank(0));
+  EXPECT_TRUE(std::filesystem::is_empty(folder_));
+}
+
+TEST_F(IdExchangeTest, ARankIsAnsweredAlthoughItsDeadPredecessorWasBefore) {
+  const MeetingPlace place = by_file();
+  leave_request_of_rank_one(place);
+  std::thread rank_zero([&] {
+    Id id = id_of_rank(0);
+    EXPECT_NO_THROW(exchange_id(place, 0, 2, id, 5s));
+  });
+  while (!std::filesystem::exists(place.file + ".1.answer")) std::this_thread::sleep_for(1ms);
+  Id id = id_of_rank(1);
+  EXPECT_NO_THROW(exchange_id(place, 1, 2, id, 5s));
+  EXPECT_EQ(id, id_of_rank(0));
+  rank_zero.join();
   EXPECT_TRUE(std::filesystem::is_empty(folder_));
 }
 
