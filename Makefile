@@ -3,6 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 BUILD := build/release
+DEEP := OFF
 # A compiler that reads LibTorch's headers takes up to 2 GB.
 JOBS := $(shell n=$$(nproc); g=$$(awk '/MemAvailable/ {print int($$2 / 2097152)}' /proc/meminfo); echo $$(( g < 1 ? 1 : g < n ? g : n )))
 CONFIGURE = cmake --preset $(1) $(2) > build/$(1)-configure.log 2>&1 || { cat build/$(1)-configure.log; exit 1; }
@@ -21,13 +22,14 @@ train:  ## a small GPT on Shakespeare, 2 ranks, with checkpoints and a sample; a
 
 build:  ## everything, tests included
 	@cmake/setup.sh test
-	@mkdir -p build && $(call CONFIGURE,release,-DLOCKSTEP_BUILD_TESTS=ON)
+	@mkdir -p build && $(call CONFIGURE,release,-DLOCKSTEP_BUILD_TESTS=ON -DLOCKSTEP_DEEP=$(DEEP))
 	@cmake --build $(BUILD) -j $(JOBS)
 
 test: build  ## all tests, then those without torch under the sanitizers
 	@examples/gpt/fetch_data.sh && examples/image_classification/fetch_data.sh
 	@tests/run.sh
 
+deep: DEEP := ON
 deep: build  ## the long numbers: hours
 	@examples/gpt/fetch_data.sh && examples/image_classification/fetch_data.sh
 	@LOCKSTEP_DEEP=1 tests/run.sh

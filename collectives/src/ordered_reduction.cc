@@ -111,6 +111,7 @@ Piece owned_piece(int64_t numel, int rank, int size) {
 OrderedReduction::OrderedReduction(ProcessGroup& group, int64_t num_leaves, std::vector<at::Tensor> roots,
                                    int64_t numel, at::TensorOptions options, Milliseconds timeout)
     : group_(&group), num_leaves_(num_leaves), numel_(numel), roots_(std::move(roots)) {
+  LOCKSTEP_CHECK(num_leaves > 0) << "a sum of no leaves";
   const int size = group.size();
   const auto num_roots = static_cast<int64_t>(roots_.size());
   LOCKSTEP_CHECK(roots_.size() == maximal_aligned_blocks(leaf_share(num_leaves, group.rank(), size)).size())

@@ -1,5 +1,5 @@
 #include <csignal>
-#include <iostream>
+#include <thread>
 
 #include <sys/prctl.h>
 #include <unistd.h>
@@ -15,6 +15,10 @@
 
 namespace lockstep {
 namespace {
+
+// A mistake in flags or files mostly shows on every rank alike: rank 0 says it and takes the job down, mpirun ends the
+// ranks a second later. One that is still there is alone with its mistake (a file missing on its node), and must speak.
+constexpr std::chrono::seconds kRankZeroSpeaksFirst{3};
 
 volatile std::sig_atomic_t g_stop = 0;  // the one thing a signal handler may touch
 
@@ -49,14 +53,6 @@ std::unique_ptr<ProcessGroup> make_world(const RankInfo& info, const RuntimeOpti
     throw ConfigError("this MPI grants thread level " + std::to_string(granted) +
                       ", MPI_THREAD_MULTIPLE is needed. Mend: use an Open MPI built with threads");
   return make_mpi_world();
-}
-
-// A mistake in flags or files mostly shows on every rank alike: rank 0 says it, and SIGTERM comes when the job is taken
-// down. A rank that is left alone is alone with its mistake (a file missing on its node), and must speak for itself.
-bool rank_zero_says_it() {
-  g_stop = 0;
-  for (int i = 0; i < 100 && g_stop == 0; ++i) usleep(10'000);
-  return g_stop != 0;
 }
 
 bool mpi_is_up() {
@@ -105,7 +101,8 @@ int run_rank(const RuntimeOptions& options, const std::function<int(Runtime&)>& 
   } catch (...) {
     const Failure failure = describe_current_exception();
     const int code = static_cast<int>(failure.code);
-    if (failure.code != ExitCode::kConfig || rank == 0 || !rank_zero_says_it()) LOG(ERROR) << failure.message;
+    if (failure.code == ExitCode::kConfig && rank != 0) std::this_thread::sleep_for(kRankZeroSpeaksFirst);
+    LOG(ERROR) << failure.message;
     if (runtime) runtime->world().abort();
     google::FlushLogFiles(google::INFO);
     if (mpi_is_up()) MPI_Abort(MPI_COMM_WORLD, code);

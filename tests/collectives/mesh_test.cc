@@ -37,7 +37,7 @@ TEST(ResolveMeshTest, SizesThatDisagreePrintBothSidesAndTheMend) {
               AllOf(HasSubstr("pp 3 = 6"), HasSubstr("world_size is 8"), HasSubstr("start a multiple of 3 ranks")));
   EXPECT_THAT(refusal({.tensor = 4}, 2),
               AllOf(HasSubstr("tp 4"), HasSubstr("world_size is 2"), HasSubstr("start a multiple of 4 ranks")));
-  EXPECT_THAT(refusal({.data = 5, .pipeline = 3}, 8), HasSubstr("start a multiple of 3 ranks"));
+  EXPECT_THAT(refusal({.pipeline = 3, .data = 5}, 8), HasSubstr("start a multiple of 3 ranks"));
   EXPECT_THAT(refusal({.tensor = 0}, 8), HasSubstr("is 0; it must be at least 1"));
   EXPECT_THAT(refusal({.data = -2}, 8), HasSubstr("set --data_parallel_size=8"));
 }

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 
+#include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

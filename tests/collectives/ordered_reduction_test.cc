@@ -71,7 +71,7 @@ TEST(OwnedPieceTest, PiecesTileTheBucketAndBeginOnCacheLines) {
         const Piece piece = owned_piece(numel, rank, size);
         ASSERT_GE(piece.numel, 0) << numel << " elements, rank " << rank << " of " << size;
         ASSERT_EQ(piece.offset, next);
-        if (piece.numel > 0) ASSERT_EQ(piece.offset % 16, 0);
+        ASSERT_TRUE(piece.numel == 0 || piece.offset % 16 == 0) << piece.offset;
         ASSERT_LE(piece.numel, (numel + size - 1) / size + 16) << "nobody owns much more than a fair part";
         next += piece.numel;
       }

@@ -1,10 +1,29 @@
-// main() of a GoogleTest binary that runs under mpirun: every rank runs every test, the verdict is merged before exit, and an
-// exception or failure on one rank fails the whole run instead of leaving the others in a collective.
-#include <mpi.h>
-
+// main() of a GoogleTest binary that runs under mpirun: every rank runs every test, and the verdict is merged before
+// exit. A rank that leaves a test early strands the others: prefer EXPECT to ASSERT between collectives.
 #include <cstdio>
 
 #include <gtest/gtest.h>
+#include <mpi.h>
+
+namespace {
+
+// Rank 0 has GoogleTest's own report; of the others one sees what failed, and on which rank.
+class FailuresOnly : public testing::EmptyTestEventListener {
+ public:
+  explicit FailuresOnly(int rank) : rank_(rank) {}
+  void OnTestPartResult(const testing::TestPartResult& result) override {
+    if (!result.failed()) return;
+    const auto* test = testing::UnitTest::GetInstance()->current_test_info();
+    std::fprintf(stderr, "[rank %d] %s.%s failed at %s:%d: %s\n", rank_, test ? test->test_suite_name() : "",
+                 test ? test->name() : "outside a test", result.file_name() ? result.file_name() : "",
+                 result.line_number(), result.message());
+  }
+
+ private:
+  int rank_;
+};
+
+}  // namespace
 
 int main(int argc, char** argv) {
   int granted = 0;
@@ -13,10 +32,12 @@ int main(int argc, char** argv) {
   int rank = 0;
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
   auto& listeners = testing::UnitTest::GetInstance()->listeners();
-  if (rank != 0) delete listeners.Release(listeners.default_result_printer());  // one report, rank 0's; failures of others below
+  if (rank != 0) {
+    delete listeners.Release(listeners.default_result_printer());
+    listeners.Append(new FailuresOnly(rank));
+  }
 
   int failed = RUN_ALL_TESTS();
-  if (failed && rank != 0) std::fprintf(stderr, "[rank %d] a test failed on this rank; run it alone to see which\n", rank);
   int any_failed = 0;
   MPI_Allreduce(&failed, &any_failed, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD);
   MPI_Finalize();

@@ -118,8 +118,8 @@ double consume_logits(at::Tensor& logits, const int64_t* targets, int64_t vocab)
 struct LinearCrossEntropy : Function<LinearCrossEntropy> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x_in, const at::Tensor& weight,
                             const at::Tensor& targets_in, bool with_grad) {
+    const bool bf16 = is_bf16() || x_in.scalar_type() == at::kBFloat16;  // asked first: the guard hides autocast
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    const bool bf16 = is_bf16() || x_in.scalar_type() == at::kBFloat16;
     const at::Tensor x = bf16 ? x_in.to(at::kBFloat16) : x_in, w = bf16 ? bf16_weight(weight) : weight,
                      targets = targets_in.contiguous();
     const int64_t rows = x.size(0), vocab = w.size(0);
@@ -202,8 +202,8 @@ at::Tensor rope(const at::Tensor& x, const at::Tensor& cosines, const at::Tensor
         << ": [B, T, heads, D] needs contiguous f32 tables [T, D/2], D even";
   }
   if (has_kernel(x)) return Rope::apply(x, cosines, sines);
-  const at::Tensor cosine = cosines.to(x.device()).view({1, x.size(1), 1, -1}),
-                   sine = sines.to(x.device()).view({1, x.size(1), 1, -1});
+  const at::Tensor cosine = cosines.to(x.device()).view({1, x.size(1), 1, x.size(3) / 2}),
+                   sine = sines.to(x.device()).view({1, x.size(1), 1, x.size(3) / 2});
   const auto halves = x.chunk(2, -1);
   return at::cat({halves[0] * cosine - halves[1] * sine, halves[1] * cosine + halves[0] * sine}, -1)
       .to(x.scalar_type());

@@ -49,7 +49,8 @@ TEST_P(LossTest, OfAProductIsTheFormulaWhateverTheChunks) {
                            {in[0].to(at::kDouble), in[1].to(at::kDouble)}, seven_tenths);
     // A sum over the vocabulary runs in 32 lanes, so some hundred additions; logits up to 15 carry 15 roundings.
     EXPECT_LE(error_of(ours.output, exact.output), 64 * kF32) << s.rows << " x " << s.vocab;
-    EXPECT_LE(error_of(ours.grads[0], exact.grads[0]), 512 * kF32) << s.rows << " x " << s.vocab;
+    // LibTorch's product with so few columns sums over the vocabulary one by one.
+    EXPECT_LE(error_of(ours.grads[0], exact.grads[0]), (512 + s.vocab / 8) * kF32) << s.rows << " x " << s.vocab;
     EXPECT_LE(error_of(ours.grads[1], exact.grads[1]), 512 * kF32) << s.rows << " x " << s.vocab;
     EXPECT_EQ(ours.output.scalar_type(), at::kFloat);
   }
@@ -96,7 +97,6 @@ TEST_P(LossTest, InBf16RoundsInputsAndLogitsOnly) {
 }
 
 TEST(LossTest, StridesDoNotMatter) {
-  const Shape s{17, 6, 19};
   const at::Tensor x = normal({6, 17}, 1).t(), w = normal({6, 19}, 2).t(), ids = at::arange(34).slice(0, 0, 34, 2) % 19;
   ASSERT_FALSE(ids.narrow(0, 0, 17).is_contiguous() && x.is_contiguous());
   const at::Tensor spread = at::empty({34}, at::kLong).slice(0, 0, 34, 2).copy_(ids);

@@ -50,7 +50,9 @@ TEST_P(LinearTest, UnderBf16RoundsOperandsAndProductsButNotSumsOfBiasGradients) 
       EXPECT_LE(e.output, 2.02 * kBf16) << at::IntArrayRef(sizes) << out;
       EXPECT_LE(e.grads[0], 1.01 * kBf16) << at::IntArrayRef(sizes) << out;
       EXPECT_LE(e.grads[1], 1.01 * kBf16) << at::IntArrayRef(sizes) << out;
-      if (GetParam()) EXPECT_LE(e.grads[2], 64 * kF32) << at::IntArrayRef(sizes) << out;
+      if (GetParam()) {
+        EXPECT_LE(e.grads[2], 64 * kF32) << at::IntArrayRef(sizes) << out;
+      }
       const Pass pass = run(our_linear_bf16, in, [](const at::Tensor& y) { return at::ones_like(y); });
       EXPECT_EQ(pass.output.scalar_type(), at::kBFloat16);
       for (const auto& grad : pass.grads) EXPECT_EQ(grad.scalar_type(), at::kFloat);
@@ -87,7 +89,7 @@ TEST(Bf16LinearTest, AWeightUsedTwiceSumsItsGradientsInF32) {
   const Pass both = run(
       [&](const Tensors& in) {
         const AutocastGuard bf16(at::kCPU, true);
-        return linear(a, in[0], {}).sum(at::kFloat) + linear(b, in[0], {}).sum(at::kFloat);
+        return linear(a, in[0], at::Tensor()).sum(at::kFloat) + linear(b, in[0], at::Tensor()).sum(at::kFloat);
       },
       {w}, ones);
   EXPECT_TRUE(same_bits(both.grads[0], use(a) + use(b)));

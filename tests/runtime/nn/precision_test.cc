@@ -92,7 +92,7 @@ TEST_F(WeightCacheTest, AnOptimizerStepAndTheNextBeginStepShowTheNewWeights) {
   optimizer->attach({{"weight", weight.detach(), grad, true}});
   for (int step = 1; step <= 4; ++step) {
     begin_step();
-    const at::Tensor y = linear(x, weight, {});
+    const at::Tensor y = linear(x, weight, at::Tensor());
     EXPECT_TRUE(same_bits(y.detach(), weight.detach().to(at::kBFloat16).t())) << step;
     optimizer->step({.learning_rate = 0.5, .step = step});
   }

@@ -1,0 +1,61 @@
+#include <cstdlib>
+#include <limits>
+#include <thread>
+
+#include <ATen/Context.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/full.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <lockstep/collectives/arithmetic.h>
+
+namespace lockstep {
+namespace {
+
+using testing::HasSubstr;
+using testing::Not;
+
+TEST(ArithmeticTest, EveryConfiguredThreadHasItsNumberOfThreadsAndKeepsDenormals) {
+  std::thread([] {
+    at::globalContext().setFlushDenormal(true);
+    configure_arithmetic(2);
+    EXPECT_EQ(at::get_num_threads(), 2);
+    const at::Tensor least = at::full({100}, std::numeric_limits<float>::denorm_min(), at::kFloat);
+    EXPECT_EQ(least.add(least).sum().const_data_ptr<float>()[0], 200 * std::numeric_limits<float>::denorm_min());
+    std::thread([] {
+      configure_arithmetic(1);
+      EXPECT_EQ(at::get_num_threads(), 1);
+    }).join();
+    EXPECT_EQ(at::get_num_threads(), 2) << "another thread's number is its own";
+  }).join();
+}
+
+TEST(ArithmeticTest, KernelsAreDeterministicAndFreshMemoryIsNotFilled) {
+  at::globalContext().setDeterministicAlgorithms(false, false);
+  at::globalContext().setDeterministicFillUninitializedMemory(true);
+  configure_arithmetic(1);
+  EXPECT_TRUE(at::globalContext().deterministicAlgorithms());
+  EXPECT_TRUE(at::globalContext().deterministicAlgorithmsWarnOnly());
+  EXPECT_FALSE(at::globalContext().deterministicFillUninitializedMemory());
+}
+
+TEST(ArithmeticTest, TheRecordTellsWhatDecidesBits) {
+  ::unsetenv("MKL_CBWR");
+  const std::string before = arithmetic_record(1);
+  EXPECT_THAT(before, testing::AllOf(HasSubstr("torch 2.11"), HasSubstr(at::get_cpu_capability()),
+                                     HasSubstr("threads 1"), Not(HasSubstr("MKL_CBWR"))));
+  EXPECT_EQ(before, arithmetic_record(1));
+  EXPECT_NE(before, arithmetic_record(2));
+  for (const char* name :
+       {"ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"}) {
+    ::setenv(name, "avx2", 1);
+    EXPECT_THAT(arithmetic_record(1), HasSubstr(std::string(name) + "=avx2"));
+    ::unsetenv(name);
+  }
+}
+
+}  // namespace
+}  // namespace lockstep
