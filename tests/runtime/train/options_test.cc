@@ -1,0 +1,76 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
+
+#include <lockstep/base/error.h>
+#include <lockstep/train/options.h>
+
+namespace lockstep::train {
+namespace {
+
+using testing::AllOf;
+using testing::HasSubstr;
+
+TEST(OptionsTest, TheMicroBatchIsAnEighthOfTheGlobalBatchWhereThatDivides) {
+  const auto derived = [](int64_t global) {
+    Options options;
+    options.global_batch_size = global;
+    return resolve(options, 1).micro_batch_size;
+  };
+  EXPECT_EQ(derived(32), 4);
+  EXPECT_EQ(derived(1), 1);
+  EXPECT_EQ(derived(7), 1);
+  EXPECT_EQ(derived(30), 3);
+  EXPECT_EQ(derived(44), 4);  // 5 does not divide
+}
+
+TEST(OptionsTest, WhatDoesNotWorkOutPrintsBothSidesAndTheMend) {
+  const auto refusal = [](const std::function<void(Options&)>& change, int world_size = 1) -> std::string {
+    Options options;
+    change(options);
+    try {
+      resolve(options, world_size);
+      return "not refused";
+    } catch (const ConfigError& error) {
+      return error.what();
+    }
+  };
+  EXPECT_EQ(refusal([](Options&) {}), "not refused");
+  EXPECT_THAT(refusal([](Options& o) { o.global_batch_size = 30, o.micro_batch_size = 4; }),
+              AllOf(HasSubstr("--global_batch_size=30"), HasSubstr("--micro_batch_size=4"), HasSubstr("=32")));
+  EXPECT_THAT(refusal([](Options& o) { o.global_batch_size = 6, o.micro_batch_size = 2; }, 4),
+              AllOf(HasSubstr("3 micro-batches of 2"), HasSubstr("size 4"), HasSubstr("--global_batch_size=8")));
+  EXPECT_THAT(refusal([](Options& o) { o.mesh.data = 3; }, 4), AllOf(HasSubstr("3"), HasSubstr("4")));
+  EXPECT_THAT(refusal([](Options& o) { o.steps = 0; }), HasSubstr("--steps=0"));
+  EXPECT_THAT(refusal([](Options& o) { o.global_batch_size = -1; }), HasSubstr("--global_batch_size=-1"));
+  EXPECT_THAT(refusal([](Options& o) { o.micro_batch_size = -1; }), HasSubstr("--micro_batch_size=-1"));
+  EXPECT_THAT(refusal([](Options& o) { o.threads_per_rank = 0; }), HasSubstr("--threads_per_rank=0"));
+  EXPECT_THAT(refusal([](Options& o) { o.keep_checkpoints = 1; }), HasSubstr("fall back"));
+  EXPECT_THAT(refusal([](Options& o) { o.precision = "fp16"; }), HasSubstr("neither fp32 nor bf16"));
+  EXPECT_THAT(refusal([](Options& o) { o.reduction = "best"; }), HasSubstr("neither ordered nor fast"));
+  EXPECT_THAT(refusal([](Options& o) { o.schedule.kind = "sine"; }), HasSubstr("sine"));
+  EXPECT_THAT(refusal([](Options& o) { o.run_dir = ""; }), HasSubstr("--run_dir"));
+}
+
+TEST(OptionsTest, TheConfigurationOfARunIsWhatDecidesItsBits) {
+  const Options plain = resolve({}, 1);
+  const auto changes = [&](const std::function<void(Options&)>& change, int world_size = 1) {
+    Options options = plain;
+    change(options);
+    options.mesh = {};
+    return config_json(resolve(options, world_size), "{}") != config_json(plain, "{}");
+  };
+  EXPECT_TRUE(changes([](Options& o) { o.seed = 2; }));
+  EXPECT_TRUE(changes([](Options& o) { o.micro_batch_size = 2; }));
+  EXPECT_TRUE(changes([](Options& o) { o.threads_per_rank = 2; }));
+  EXPECT_TRUE(changes([](Options& o) { o.precision = "bf16"; }));
+  EXPECT_TRUE(changes([](Options& o) { o.schedule.learning_rate = 1; }));
+  EXPECT_FALSE(changes([](Options& o) { o.bucket_bytes = 1; }));
+  EXPECT_FALSE(changes([](Options& o) { o.checkpoint_interval_steps = 1; }));
+  EXPECT_FALSE(changes([](Options& o) { o.parallel_micro_batches = 3; }));
+  EXPECT_FALSE(changes([](Options&) {}, 8));
+  EXPECT_EQ(nlohmann::json::parse(config_json(plain, R"({"layers": 3})")).at("task.layers"), 3);
+}
+
+}  // namespace
+}  // namespace lockstep::train

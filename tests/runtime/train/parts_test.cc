@@ -1,0 +1,133 @@
+// The Trainer's own parts: lanes, the packed exchange, the heartbeat.
+#include <atomic>
+#include <chrono>
+#include <set>
+#include <thread>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <lockstep/base/error.h>
+#include <lockstep/base/fault_fs.h>
+#include <lockstep/base/fs.h>
+#include <lockstep/checkpoint/checkpoint.h>
+#include <lockstep/collectives/local_group.h>
+
+#include "../base/temp_dir.h"
+#include "heartbeat.h"
+#include "lanes.h"
+#include "step_exchange.h"
+
+namespace lockstep::train {
+namespace {
+
+TEST(LanePoolTest, EveryLaneRunsEachBodyOnceOnItsOwnPreparedThread) {
+  std::mutex mutex;
+  std::set<std::thread::id> prepared;
+  LanePool pool(4, [&] {
+    const std::lock_guard lock(mutex);
+    prepared.insert(std::this_thread::get_id());
+  });
+  EXPECT_EQ(pool.size(), 4);
+  EXPECT_EQ(prepared.size(), 4);
+  for (int round = 0; round < 200; ++round) {
+    std::vector<std::thread::id> ran(4);
+    pool.run([&](int lane) { ran[lane] = std::this_thread::get_id(); });
+    EXPECT_EQ(std::set<std::thread::id>(ran.begin(), ran.end()), prepared);
+    EXPECT_EQ(ran[0], std::this_thread::get_id());
+  }
+}
+
+TEST(LanePoolTest, AnExceptionComesOutAfterAllLanesEndedAndThePoolGoesOn) {
+  LanePool pool(3, [] {});
+  std::atomic<int> ended{0};
+  EXPECT_THROW(pool.run([&](int lane) {
+    if (lane == 1) throw ConfigError("lane 1");
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    ++ended;
+  }),
+               ConfigError);
+  EXPECT_EQ(ended, 2);
+  EXPECT_NO_THROW(pool.run([&](int) { ++ended; }));
+  EXPECT_EQ(ended, 5);
+}
+
+TEST(SpareLanesTest, ARankHasAtLeastOneLaneAndRanksOfANodeShareItsCores) {
+  std::atomic<int> alone{0}, total{0};
+  run_local_ranks(1, [&](ProcessGroup& group) { alone = spare_lanes(group, 1); });
+  run_local_ranks(8, [&](ProcessGroup& group) {
+    EXPECT_GE(spare_lanes(group, 1), 1);
+    EXPECT_LE(spare_lanes(group, 2), spare_lanes(group, 1));
+    total += spare_lanes(group, 1);
+  });
+  EXPECT_GE(alone, 1);
+  EXPECT_LE(total, std::max(alone.load(), 8));
+}
+
+class ExchangeTest : public testing::TestWithParam<int> {};  // world_size
+INSTANTIATE_TEST_SUITE_P(WorldSizes, ExchangeTest, testing::Values(1, 2, 3, 4, 7, 8));
+
+TEST_P(ExchangeTest, EveryRankSeesTheSameWhateverTheSplit) {
+  constexpr int kTerms = 840;  // split evenly by every world size
+  StepReport whole;
+  for (int term = 0; term < kTerms; ++term) whole.loss.add(1.0 / (term + 3));
+  run_local_ranks(GetParam(), [&](ProcessGroup& group) {
+    StepReport mine;
+    for (int term = group.rank(); term < kTerms; term += group.size()) {
+      mine.loss.add(1.0 / (term + 3));
+      ++mine.count;
+    }
+    mine.stop = group.rank() == group.size() - 1;
+    const StepReport all = exchange(group, mine);
+    EXPECT_EQ(all.loss.value(), whole.loss.value());
+    EXPECT_EQ(all.count, kTerms);
+    EXPECT_EQ(all.stop, 1);
+    EXPECT_EQ(all.has_correct, 0);
+    EXPECT_FALSE(all.squares.has_non_finite());
+  });
+}
+
+TEST_P(ExchangeTest, OneRanksInfinityIsEverybodys) {
+  run_local_ranks(GetParam(), [&](ProcessGroup& group) {
+    StepReport mine;
+    const float value = group.rank() == 0 ? INFINITY : 1.0F;
+    mine.squares.add_squares({&value, 1});
+    EXPECT_TRUE(exchange(group, mine).squares.has_non_finite());
+  });
+}
+
+TEST(HeartbeatTest, BeatsFromItsOwnThreadAndEndsAtOnce) {
+  const TempDir dir;
+  auto world = make_local_world(1);
+  const uint64_t epoch = checkpoint::acquire_epoch(real_fs(), *world[0], dir.path(), /*take_over=*/false);
+  std::atomic<int> beats{0};
+  FaultFs fs(real_fs(), [&](const std::string& kind, const std::string& path, int64_t) {
+    beats += kind == "write" && path.ends_with(".beat");
+    return Fault{};
+  });
+  const auto start = std::chrono::steady_clock::now();
+  {
+    const Heartbeat heartbeat(fs, dir.path(), epoch);
+    while (beats == 0 && std::chrono::steady_clock::now() - start < std::chrono::seconds(30))
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  EXPECT_GE(beats, 1);
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(4)) << "the end waits for no interval";
+}
+
+TEST(HeartbeatTest, StorageThatFailsDoesNotEndTheProcess) {
+  const TempDir dir;
+  std::atomic<int> asked{0};
+  FaultFs fs(real_fs(), [&](const std::string&, const std::string&, int64_t) {
+    ++asked;
+    return Fault{.error_number = EIO};
+  });
+  {
+    const Heartbeat heartbeat(fs, dir.path(), 1);
+    while (asked == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  EXPECT_EQ(asked, 1);
+}
+
+}  // namespace
+}  // namespace lockstep::train
