@@ -20,10 +20,11 @@ using testing::Not;
 
 TEST(ArithmeticTest, EveryConfiguredThreadHasItsNumberOfThreadsAndKeepsDenormals) {
   std::thread([] {
-    at::globalContext().setFlushDenormal(true);
+    const at::Tensor least = at::full({100}, std::numeric_limits<float>::denorm_min(), at::kFloat);
+    EXPECT_TRUE(at::globalContext().setFlushDenormal(true));
+    EXPECT_EQ(least.add(least).sum().const_data_ptr<float>()[0], 0) << "else what follows proves nothing";
     configure_arithmetic(2);
     EXPECT_EQ(at::get_num_threads(), 2);
-    const at::Tensor least = at::full({100}, std::numeric_limits<float>::denorm_min(), at::kFloat);
     EXPECT_EQ(least.add(least).sum().const_data_ptr<float>()[0], 200 * std::numeric_limits<float>::denorm_min());
     std::thread([] {
       configure_arithmetic(1);

@@ -63,7 +63,9 @@ class OrderedAllReduceTest : public testing::TestWithParam<World> {};
 TEST_P(OrderedAllReduceTest, HasTheBitsOfTheCanonicalTreeForAnyNumberOfLeaves) {
   run_ranks(GetParam(), [](ProcessGroup& group) {
     for (int64_t n = 1; n <= 17; ++n) {  // fewer leaves than ranks, as many, more, powers of two and not
-      for (const int64_t numel : {int64_t{1}, int64_t{50}, int64_t{16 * group.size()}, int64_t{501}}) {
+      std::vector<int64_t> sizes{1, 50, 16 * group.size(), 501};
+      if (n == 7) sizes.push_back(2500 * group.size());  // pieces larger than what is folded at a time
+      for (const int64_t numel : sizes) {
         const at::Tensor sum =
             ordered_all_reduce(group, n, my_leaves(group, n, numel, rough), numel, at::TensorOptions(at::kFloat));
         ASSERT_EQ(sum.numel(), numel);
