@@ -127,8 +127,10 @@ TEST(LossTest, LogitsAreLeftAsTheyWere) {
 }
 
 TEST(LossTest, HugeLogitsNeitherOverflowNorHideNans) {
-  const at::Tensor logits = torch::tensor({{1e30F, 0.0F, -1e30F}, {-1e30F, -1e30F, -1e30F}}).requires_grad_();
-  const at::Tensor loss = cross_entropy_sum(logits, torch::tensor({0, 2}));
+  const at::Tensor logits =
+      torch::tensor({{1e30F, 0.0F, -1e30F}, {0.0F, 1e30F, 0.0F}, {-1e30F, 0.0F, 1e30F}, {-1e30F, -1e30F, -1e30F}})
+          .requires_grad_();
+  const at::Tensor loss = cross_entropy_sum(logits, torch::tensor({0, 1, 2, 2}));
   EXPECT_NEAR(loss.item<double>(), std::log(3.0), 8 * kF32);
   EXPECT_TRUE(torch::autograd::grad({loss}, {logits})[0].isfinite().all().item<bool>());
   for (int64_t place = 0; place < 3; ++place) {

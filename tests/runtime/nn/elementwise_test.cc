@@ -81,7 +81,7 @@ TEST(ElementwiseBitsTest, AnElementsBitsDoNotDependOnWhereItStands) {
     const Formula formulas[] = {[](const Tensors& in) { return nn::gelu(in[0]) + 0 * in[1]; },
                                 [](const Tensors& in) { return swiglu(in[0], in[1]); }};
     for (const Formula& formula : formulas) {
-      const Pass whole = run(formula, {x, u}, [&](const at::Tensor&) { return g; });
+      const Pass whole = run(formula, {x, u}, [&](const at::Tensor&) { return g.view(-1); });
       for (const int64_t begin : {0, 1, 5, 31, 500}) {
         for (const int64_t n : {1, 3, 15, 16, 17, 33, 503}) {
           const Pass part = run(formula, {x.narrow(0, begin, n), u.narrow(0, begin, n)},
@@ -135,18 +135,18 @@ at::Tensor exact_rope(const at::Tensor& x, double theta) {
 }
 
 TEST_P(ElementwiseTest, RopeTurnsPairsOfHalvesByPositionTimesFrequency) {
-  for (const auto& [shape, theta] : std::vector<std::pair<std::vector<int64_t>, double>>{{{1, 1, 1, 2}, 1e4},
-                                                                                         {{3, 7, 2, 6}, 1e4},
-                                                                                         {{2, 17, 3, 34}, 5e5},
-                                                                                         {{1, 513, 1, 64}, 1e4},
-                                                                                         {{0, 3, 2, 4}, 1e4},
-                                                                                         {{2, 0, 2, 4}, 1e4}}) {
-    const auto [cosines, sines] = rope_tables(shape[1], shape[3], theta);
-    const auto e = errors([&](const Tensors& in) { return rope(in[0], cosines, sines); },
-                          [&](const Tensors& in) { return exact_rope(in[0], theta); }, {normal(shape, 1, type)});
+  struct Case {
+    std::vector<int64_t> shape;
+    double theta;
+  };
+  for (const Case& c : {Case{{1, 1, 1, 2}, 1e4}, Case{{3, 7, 2, 6}, 1e4}, Case{{2, 17, 3, 34}, 5e5},
+                        Case{{1, 513, 1, 64}, 1e4}, Case{{0, 3, 2, 4}, 1e4}, Case{{2, 0, 2, 4}, 1e4}}) {
+    const auto tables = rope_tables(c.shape[1], c.shape[3], c.theta);
+    const auto e = errors([&](const Tensors& in) { return rope(in[0], tables.first, tables.second); },
+                          [&](const Tensors& in) { return exact_rope(in[0], c.theta); }, {normal(c.shape, 1, type)});
     const double limit = type == at::kDouble ? 4 * kF32 : tolerance(type);  // the tables are f32
-    EXPECT_LE(e.output, limit) << at::IntArrayRef(shape);
-    EXPECT_LE(e.grads[0], limit) << at::IntArrayRef(shape);
+    EXPECT_LE(e.output, limit) << at::IntArrayRef(c.shape);
+    EXPECT_LE(e.grads[0], limit) << at::IntArrayRef(c.shape);
   }
 }
 
