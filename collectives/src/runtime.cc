@@ -1,4 +1,5 @@
 #include <csignal>
+#include <cstdlib>
 #include <thread>
 
 #include <sys/prctl.h>
@@ -12,6 +13,10 @@
 #include <lockstep/collectives/local_group.h>
 #include <lockstep/collectives/mpi_group.h>
 #include <lockstep/collectives/runtime.h>
+
+#include "id_exchange.h"
+#include "mpi_handles.h"
+#include "placement.h"
 
 namespace lockstep {
 namespace {
@@ -32,17 +37,7 @@ void install_stop_handlers() {
   sigaction(SIGTERM, &action, nullptr);
 }
 
-// Alone, MPI is not even started: nothing to wait for, and 0.1 s saved.
-std::unique_ptr<ProcessGroup> make_world(const RankInfo& info, const RuntimeOptions& options) {
-  if (options.backend != "auto" && options.backend != "mpi" && options.backend != "nccl") {
-    throw ConfigError("--backend=" + options.backend + " is neither auto, mpi nor nccl");
-  }
-  if (info.world_size > 1 && !info.has_mpi) {
-    throw ConfigError("started by " + info.launcher + " with " + std::to_string(info.world_size) +
-                      " ranks, but without MPI there is only NCCL, and this is a CPU run. Mend: lockstep run -n " +
-                      std::to_string(info.world_size) + " -- PROGRAM FLAGS, or mpirun");
-  }
-  if (!info.has_mpi) return std::move(make_local_world(1)[0]);
+void start_mpi(const RankInfo& info) {
   int granted = 0;
   MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &granted);
   int rank = 0, size = 1;
@@ -52,7 +47,61 @@ std::unique_ptr<ProcessGroup> make_world(const RankInfo& info, const RuntimeOpti
   if (granted < MPI_THREAD_MULTIPLE)
     throw ConfigError("this MPI grants thread level " + std::to_string(granted) +
                       ", MPI_THREAD_MULTIPLE is needed. Mend: use an Open MPI built with threads");
-  return make_mpi_world();
+}
+
+// With --device=auto each rank looks for itself; one without a GPU keeps all on the CPU, for all must talk one way.
+Placement agree(Placement mine, const RankInfo& info) {
+  int on_gpu = mine.is_on_gpu ? 1 : 0, number = 0;
+  check_mpi(MPI_Allreduce(&on_gpu, &number, 1, MPI_INT, MPI_SUM, MPI_COMM_WORLD), "counting ranks with a GPU");
+  if (number == info.world_size) return mine;
+  if (number > 0 && info.rank == 0) {
+    LOG(WARNING) << "only " << number << " of " << info.world_size
+                 << " ranks have a GPU: all stay on the CPU. Mend: --device=cpu to say that this is meant";
+  }
+  return {};
+}
+
+std::unique_ptr<ProcessGroup> make_nccl_world(const RankInfo& info, const RuntimeOptions& options,
+                                              const CudaPlugin& plugin, int device) {
+  const Environment environment = process_environment();
+  if (environment("NCCL_COMM_ID")) {  // it replaces the random secret in the handshake by a constant that is public
+    throw ConfigError("NCCL_COMM_ID is set: any program that reaches the port could join this job. Mend: unset it");
+  }
+  setenv("NCCL_RAS_ENABLE", "0", /*overwrite=*/0);  // it would tell every user of the node how the job is laid out
+  NcclWorld world{info.rank, info.world_size, device, options.collective_timeout, nullptr};
+  world.share_id = [&](std::span<std::byte> id) {
+    if (info.has_mpi) {
+      check_mpi(MPI_Bcast(id.data(), static_cast<int>(id.size()), MPI_BYTE, 0, MPI_COMM_WORLD), "sharing NCCL's id");
+    } else {
+      exchange_id(meeting_place(environment), info.rank, info.world_size, id, options.collective_timeout);
+    }
+  };
+  return plugin.make_nccl_world(world);
+}
+
+std::unique_ptr<Runtime> start_runtime(const RankInfo& info, const RuntimeOptions& options) {
+  // Before torch is used for anything: asked for CUDA without the plug-in, it would say no for ever.
+  const CudaState cuda = may_use_gpu(options) ? load_cuda_plugin() : CudaState{};
+  if (cuda.has_driver && cuda.plugin == nullptr && info.rank == 0) LOG(WARNING) << cuda.why;
+  Placement placement = choose_placement(options, info, cuda);
+  configure_arithmetic(1);
+  if (info.has_mpi) {  // alone it is not even started: nothing to wait for, and 0.1 s saved
+    start_mpi(info);
+    placement = agree(placement, info);
+  }
+  at::Device device = at::kCPU;
+  if (placement.is_on_gpu) {
+    // Where the batch system shows each rank its own GPU alone, that is number 0 for all.
+    device = at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(info.local_rank % cuda.plugin->device_count()));
+    cuda.plugin->set_device(device.index());
+  }
+  std::unique_ptr<ProcessGroup> world;
+  if (placement.is_over_nccl) {
+    world = make_nccl_world(info, options, *cuda.plugin, device.index());
+  } else {
+    world = info.has_mpi && !placement.is_on_gpu ? make_mpi_world() : std::move(make_local_world(1)[0]);
+  }
+  return std::make_unique<Runtime>(info, device, std::move(world));
 }
 
 bool mpi_is_up() {
@@ -79,15 +128,7 @@ int run_rank(const RuntimeOptions& options, const std::function<int(Runtime&)>& 
     rank = info.rank;
     start_logging("lockstep", info.rank, info.world_size);
     if (info.has_mpi && info.launcher != "srun") prctl(PR_SET_PDEATHSIG, SIGKILL);  // no rank outlives its mpirun
-    if (options.device != "auto" && options.device != "cpu" && options.device != "cuda")
-      throw ConfigError("--device=" + options.device + " is neither auto, cpu nor cuda");
-    if (options.device == "cuda" || options.backend == "nccl") {
-      throw ConfigError(
-          "--device=cuda needs the CUDA plug-in and a driver, and there is none here. Mend: run on a machine with a "
-          "GPU, or --device=cpu");
-    }
-    configure_arithmetic(1);
-    runtime = std::make_unique<Runtime>(info, at::kCPU, make_world(info, options));
+    runtime = start_runtime(info, options);
     int code = 0;
     try {
       code = body(*runtime);

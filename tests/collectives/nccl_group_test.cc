@@ -382,6 +382,12 @@ TEST_F(NcclGroupTest, ErrorsOfACallMapToWhoCanMendThem) {
   }
 }
 
+TEST_F(NcclGroupTest, TwoRanksOnOneGpuAreAConfigurationMistake) {
+  double_.results["ncclCommInitRankConfig"] = ncclInvalidUsage;
+  EXPECT_THAT(message_of([&] { join(); }, ExitCode::kConfig),
+              HasSubstr("connecting group world failed: invalid usage"));
+}
+
 TEST_F(NcclGroupTest, AnErrorInsideAGroupCallStillEndsTheGroupCall) {
   ProcessGroup& group = join();
   double_.results["ncclRecv"] = ncclSystemError;

@@ -16,9 +16,8 @@ bool is_node_bad(cudaError_t code) {
          code == cudaErrorHardwareStackError || code == cudaErrorDevicesUnavailable;
 }
 
-ExitCode exit_code_of(ncclResult_t code) {
-  const bool is_bug = code == ncclInvalidArgument || code == ncclInvalidUsage;  // running again would not help
-  return is_bug ? ExitCode::kBug : ExitCode::kRunAgain;
+ExitCode exit_code_of(ncclResult_t code, ExitCode misuse) {
+  return code == ncclInvalidArgument || code == ncclInvalidUsage ? misuse : ExitCode::kRunAgain;
 }
 
 }  // namespace
@@ -92,7 +91,7 @@ void NcclCommunicator::run(const Task& task, const std::function<ncclResult_t(nc
     if (failure_.empty()) code = call(comm_);
     if (code != ncclSuccess && code != ncclInProgress) trouble = words_for(code);
   }
-  if (!trouble.empty()) give_up(task.doing + " failed: " + trouble, exit_code_of(code));
+  if (!trouble.empty()) give_up(task.doing + " failed: " + trouble, exit_code_of(code, task.misuse));
   settle(task);
 }
 
@@ -124,7 +123,7 @@ bool NcclCommunicator::is_settled(const Task& task) noexcept {
     if (state == ncclInProgress) return false;
     trouble = words_for(state);
   }
-  give_up(task.doing + " failed: " + trouble, exit_code_of(state));
+  give_up(task.doing + " failed: " + trouble, exit_code_of(state, task.misuse));
   return false;
 }
 

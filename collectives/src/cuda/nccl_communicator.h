@@ -48,6 +48,7 @@ class NcclCommunicator {
     std::string doing;
     std::chrono::milliseconds timeout{0};
     Clock::time_point deadline = Clock::now() + timeout;
+    ExitCode misuse = ExitCode::kBug;  ///< what it means that NCCL calls this invalid
   };
 
   explicit NcclCommunicator(std::string name) : name_(std::move(name)) {}

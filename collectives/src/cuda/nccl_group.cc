@@ -555,9 +555,9 @@ std::unique_ptr<ProcessGroup> make_nccl_group(const NcclWorld& world, std::share
   }
   const DeviceGuard guard(world.device);
   auto comm = std::make_shared<NcclCommunicator>("world");
-  const Task task{
-      "[rank " + std::to_string(world.rank) + "/" + std::to_string(world.world_size) + "] connecting group world",
-      world.timeout};
+  Task task{"[rank " + std::to_string(world.rank) + "/" + std::to_string(world.world_size) + "] connecting group world",
+            world.timeout};
+  task.misuse = ExitCode::kConfig;  // two ranks on one GPU, most of all
   ncclUniqueId id{};
   if (world.rank == 0 && ncclGetUniqueId(&id) != ncclSuccess)
     throw CollectiveError(task.doing + " failed: no unique id: " + ncclGetLastError(nullptr));

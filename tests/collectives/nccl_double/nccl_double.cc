@@ -283,8 +283,8 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
 }
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int priority) {
   *stream = static_cast<cudaStream_t>(NcclDouble::get().make("stream"));
-  return cuda_entry("cudaStreamCreateWithPriority", std::to_string(flags) + ", " + std::to_string(priority) + ", device " +
-                                                        std::to_string(lockstep::g_device));
+  return cuda_entry("cudaStreamCreateWithPriority", std::to_string(flags) + ", " + std::to_string(priority) +
+                                                        ", device " + std::to_string(lockstep::g_device));
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   const cudaError_t result = cuda_entry("cudaStreamDestroy", text(stream));
