@@ -229,7 +229,7 @@ TEST_P(TrainerTest, ARunLeavesWhatToolsRead) {
     boards += entry.path().filename().string().starts_with("events.out.tfevents.");
   EXPECT_EQ(boards, 1);
   EXPECT_FALSE(std::filesystem::is_empty(dir_ / "logs"));
-  EXPECT_TRUE(std::filesystem::exists(dir_ / "epoch/0001.done")) << "the next start, on any host, need not wait";
+  EXPECT_TRUE(std::filesystem::exists(dir_ / "epoch/1.done")) << "the next start, on any host, need not wait";
   const auto mode = std::filesystem::status(dir_.path()).permissions();
   EXPECT_EQ(mode & std::filesystem::perms::others_all, std::filesystem::perms::none);
   for (const json& line : lines_of(dir_ / "metrics.jsonl")) {
