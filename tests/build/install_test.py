@@ -1,4 +1,4 @@
-"""The installed package is enough: a program outside the tree finds it, builds on it, and trains, alone and on two ranks.
+"""The installed package is enough: README's own program, outside the tree, finds it, builds on it, and trains, alone and on two ranks.
 
 Usage: install_test.py BUILD_DIR MPIRUN_SCRIPT
 """
@@ -29,12 +29,20 @@ with tempfile.TemporaryDirectory(prefix="lockstep_install_") as folder:
             text = open(os.path.join(path, name)).read()
             tree = [line for line in text.splitlines() if os.path.realpath(here + "/../..") in line and "LOCKSTEP_TORCH_DIR" not in line]
             assert not tree, f"{name} points into the source tree: {tree}"
-    run("cmake", "-S", here + "/outside", "-B", outside, "-DCMAKE_PREFIX_PATH=" + prefix, "-DCMAKE_BUILD_TYPE=Release")
+    source = folder + "/source"
+    os.mkdir(source)
+    readme = open(here + "/../../README.md").read()
+    for language, name in (("cpp", "sine.cc"), ("cmake", "CMakeLists.txt")):
+        with open(f"{source}/{name}", "w") as file:
+            file.write(re.search(f"^```{language}\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE).group(1))
+    run("cmake", "-S", source, "-B", outside, "-DCMAKE_PREFIX_PATH=" + prefix, "-DCMAKE_BUILD_TYPE=Release")
     run("cmake", "--build", outside)
-    libraries = run("ldd", outside + "/line")
+    libraries = run("ldd", outside + "/sine")
     assert prefix in libraries and os.path.realpath(build) not in libraries, libraries
-    for command in ([outside + "/line"], [mpirun, "2", outside + "/line"]):
-        output = run(*command, f"{folder}/run{len(command)}")
-        assert re.search(r"ranks, loss \S+ after 200 steps", output), output
-        print(re.search(r".*ranks, loss.*", output).group())
+    losses = []
+    for ranks, command in ((1, [outside + "/sine"]), (2, [mpirun, "2", outside + "/sine"])):
+        output = run(*command, f"--run_dir={folder}/run{ranks}", "--steps=400", "--learning_rate=0.01")
+        losses.append(re.search(r"done: 400 steps in .*, loss (\S+)", output).group(1))
+        print(f"{ranks} ranks, loss {losses[-1]}")
+    assert float(losses[0]) < 0.01 and losses[0] == losses[1], losses
     assert run(prefix + "/bin/lockstep", "--help")

@@ -13,6 +13,7 @@ int run_training(int argc, char** argv, const char* usage, const char* own_file,
   try {
     parse_flags(argc, argv, usage, own_file);
     options = options_from_flags();
+    if (options.runtime.device == "auto") options.runtime.device = "cpu";  // where the step's kernels are so far
   } catch (const Error& error) {  // before MPI is up: every rank finds the same, one says it
     if (rank_info_from_environment(process_environment()).rank == 0)
       std::cerr << argv[0] << ": " << error.what() << "\n";

@@ -140,8 +140,8 @@ class Trainer {
 };
 
 int Trainer::num_lanes() {
+  if (!device_.is_cpu()) throw ConfigError("the step's kernels are for CPUs so far. Mend: --device=cpu");
   nn::install_cpu_allocator();
-  if (device_.is_cuda()) return 1;  // one stream keeps a GPU busy
   const int64_t share = leaf_share(options_.num_leaves(), mesh_.data().rank(), mesh_.data().size()).count();
   const int wanted = options_.parallel_micro_batches > 0 ? options_.parallel_micro_batches
                                                          : spare_lanes(world_, options_.threads_per_rank);
