@@ -1,6 +1,7 @@
 // main() of a GoogleTest binary that runs under mpirun: every rank runs every test, and the verdict is merged before
 // exit. A rank that leaves a test early strands the others: prefer EXPECT to ASSERT between collectives.
 #include <cstdio>
+#include <string>
 
 #include <gtest/gtest.h>
 #include <mpi.h>
@@ -11,16 +12,18 @@ namespace {
 class FailuresOnly : public testing::EmptyTestEventListener {
  public:
   explicit FailuresOnly(int rank) : rank_(rank) {}
-  void OnTestPartResult(const testing::TestPartResult& result) override {
+  void OnTestStart(const testing::TestInfo& test) override {
+    name_ = std::string(test.test_suite_name()) + "." + test.name();
+  }
+  void OnTestPartResult(const testing::TestPartResult& result) override {  // holds UnitTest's lock: nothing to ask it
     if (!result.failed()) return;
-    const auto* test = testing::UnitTest::GetInstance()->current_test_info();
-    std::fprintf(stderr, "[rank %d] %s.%s failed at %s:%d: %s\n", rank_, test ? test->test_suite_name() : "",
-                 test ? test->name() : "outside a test", result.file_name() ? result.file_name() : "",
-                 result.line_number(), result.message());
+    std::fprintf(stderr, "[rank %d] %s failed at %s:%d: %s\n", rank_, name_.c_str(),
+                 result.file_name() ? result.file_name() : "", result.line_number(), result.message());
   }
 
  private:
   int rank_;
+  std::string name_;
 };
 
 }  // namespace
