@@ -40,8 +40,8 @@ size_t rounded_up(size_t value, size_t multiple) { return (value + multiple - 1)
 // Whole huge pages of address space, never given back. What is cut off at the ends costs addresses, not memory.
 void* map_huge(size_t bytes) {
   const size_t size = rounded_up(bytes, kHugeBytes);
-  void* mapped = mmap(nullptr, size + kHugeBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                      /*fd=*/-1, /*offset=*/0);
+  void* mapped = mmap(nullptr, size + kHugeBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, /*fd=*/-1,
+                      /*offset=*/0);
   if (mapped == MAP_FAILED) return nullptr;
   void* block = static_cast<char*>(mapped) +
                 (rounded_up(reinterpret_cast<size_t>(mapped), kHugeBytes) - reinterpret_cast<size_t>(mapped));
