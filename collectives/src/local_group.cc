@@ -337,6 +337,7 @@ std::unique_ptr<ProcessGroup> LocalGroup::split(int color, int key, const std::s
 std::vector<std::unique_ptr<ProcessGroup>> make_local_world(int world_size) {
   const auto shared = std::make_shared<Shared>(world_size, "world");
   std::vector<std::unique_ptr<ProcessGroup>> groups;
+  groups.reserve(world_size);
   for (int rank = 0; rank < world_size; ++rank) groups.push_back(std::make_unique<LocalGroup>(shared, rank));
   return groups;
 }
@@ -346,6 +347,7 @@ void run_local_ranks(int world_size, const std::function<void(ProcessGroup&)>& b
   std::mutex mutex;
   std::exception_ptr first;
   std::vector<std::thread> threads;
+  threads.reserve(world_size);
   for (int rank = 0; rank < world_size; ++rank) {
     threads.emplace_back([&, rank] {
       configure_arithmetic(1);

@@ -92,6 +92,8 @@ class MpiGroup : public ProcessGroup {
     check_mpi(MPI_Comm_rank(comm_.get(), &rank_), "asking for the rank in " + name_);
     check_mpi(MPI_Comm_size(comm_.get(), &size_), "asking for the size of " + name_);
   }
+  MpiGroup(const MpiGroup&) = delete;
+  MpiGroup& operator=(const MpiGroup&) = delete;
   ~MpiGroup() override {
     if (*broken_) comm_.release();  // freeing is collective; with a peer gone it could wait for ever
   }

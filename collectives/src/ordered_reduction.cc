@@ -63,6 +63,7 @@ void fold(const std::vector<Merge>& program, const std::vector<float*>& slots, f
 void fold_tensors(const std::vector<Merge>& program, std::vector<at::Tensor>& slots, const at::Tensor& out) {
   if (out.is_cpu()) {
     std::vector<float*> data;
+    data.reserve(slots.size());
     for (auto& slot : slots) data.push_back(slot.mutable_data_ptr<float>());
     fold(program, data, out.mutable_data_ptr<float>(), out.numel());
     return;

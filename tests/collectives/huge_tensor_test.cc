@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kNumel = (int64_t{1} << 31) + 2002;
 
-uint8_t element(int rank, int64_t i) { return static_cast<uint8_t>((i + i / 251 + rank * 100) % 251); }
+uint8_t element(int rank, int64_t i) { return static_cast<uint8_t>((i + i / 251 + int64_t{100} * rank) % 251); }
 
 void fill(const at::Tensor& x, int rank, int64_t begin, int64_t end) {
   auto* data = x.mutable_data_ptr<uint8_t>();

@@ -63,8 +63,8 @@ class OrderedAllReduceTest : public testing::TestWithParam<World> {};
 TEST_P(OrderedAllReduceTest, HasTheBitsOfTheCanonicalTreeForAnyNumberOfLeaves) {
   run_ranks(GetParam(), [](ProcessGroup& group) {
     for (int64_t n = 1; n <= 17; ++n) {  // fewer leaves than ranks, as many, more, powers of two and not
-      std::vector<int64_t> sizes{1, 50, 16 * group.size(), 501};
-      if (n == 7) sizes.push_back(2500 * group.size());  // pieces larger than what is folded at a time
+      std::vector<int64_t> sizes{1, 50, int64_t{16} * group.size(), 501};
+      if (n == 7) sizes.push_back(int64_t{2500} * group.size());  // pieces larger than what is folded at a time
       for (const int64_t numel : sizes) {
         const at::Tensor sum =
             ordered_all_reduce(group, n, my_leaves(group, n, numel, rough), numel, at::TensorOptions(at::kFloat));
