@@ -88,6 +88,7 @@ class IdExchangeTest : public testing::Test {
     std::map<int, std::string> failures;
     std::mutex mutex;
     std::vector<std::thread> threads;
+    threads.reserve(ranks.size());
     for (const int rank : ranks) {
       threads.emplace_back([&, rank] {
         ids[rank] = id_of_rank(rank);
@@ -192,6 +193,7 @@ TEST_F(IdExchangeTest, StrangersAndSilentConnectionsDoNotDelayTheRanks) {
     EXPECT_NO_THROW(exchange_id(place, 0, 3, id, 20s));
   });
   std::vector<UniqueFd> silent;
+  silent.reserve(64);
   for (int i = 0; i < 64; ++i) silent.push_back(call(place.port));
   const UniqueFd stranger = call(place.port);
   const std::string noise(512, 'x');
@@ -295,7 +297,7 @@ TEST_F(IdExchangeTest, ALinkInTheSharedFolderIsNotFollowed) {
   EXPECT_EQ(text, "keep");
 }
 
-Environment environment_of(std::map<std::string, std::string> variables) {
+Environment environment_of(const std::map<std::string, std::string>& variables) {
   return [variables](const char* name) -> std::optional<std::string> {
     const auto found = variables.find(name);
     return found == variables.end() ? std::nullopt : std::optional(found->second);

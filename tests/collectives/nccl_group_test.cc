@@ -193,6 +193,15 @@ TEST_F(NcclGroupTest, AnUnevenGatherIsOneGroupOfSendsAndReceives) {
   EXPECT_THAT(double_.take({"cudaMemcpy"}), IsEmpty());
 }
 
+TEST_F(NcclGroupTest, ARankThatBringsNothingToAnUnevenGatherOnlyReceives) {
+  ProcessGroup& group = join(2, 3);
+  at::Tensor all = device_tensor("all", 4);
+  group.all_gather_uneven(all, at::empty({0}), std::vector<int64_t>{1, 3, 0}).wait();
+  EXPECT_THAT(double_.take({"nccl", "cudaMemcpy"}),
+              ElementsAre("ncclGroupStart()", "ncclRecv(all+4 bytes, 3 f32, from 1, comm1, stream1)",
+                          "ncclRecv(all, 1 f32, from 0, comm1, stream1)", "ncclGroupEnd()"));
+}
+
 TEST_F(NcclGroupTest, AnAllToAllSendsEachPieceFromItsPlaceToItsPlace) {
   ProcessGroup& group = join();
   at::Tensor input = device_tensor("input", 7), output = device_tensor("output", 6);
@@ -316,7 +325,9 @@ TEST_F(NcclGroupTest, ACallThatNobodyJoinsTimesOutAndAbortsOnce) {
   EXPECT_THAT(message,
               AllOf(StartsWith("[rank 1/3] all_reduce of 5 Float (call 1) in group world timed out after 40 ms"),
                     HasSubstr("Mend: ")));
-  EXPECT_THAT(message_of([&] { group.barrier(); }), HasSubstr("group world is unusable"));
+  group.abort();  // too late to be the reason
+  EXPECT_THAT(message_of([&] { group.barrier(); }),
+              AllOf(HasSubstr("group world is unusable"), HasSubstr("timed out after 40 ms")));
   group.close();  // the error was told: only resources go
   group_.reset();
   EXPECT_EQ(double_.count("ncclCommAbort"), 1);
@@ -350,6 +361,15 @@ TEST_F(NcclGroupTest, WaitThrowsWhenItsDeadlineHasPassed) {
   std::this_thread::sleep_for(60ms);
   EXPECT_THAT(message_of([&] { other.wait(); }),
               AllOf(HasSubstr("send of 2 Float to 0, with recv of 5 Float from 2"), HasSubstr("after 30 ms")));
+}
+
+TEST_F(NcclGroupTest, OfThoseThatLeaveTogetherTheFirstDeadlineCounts) {
+  ProcessGroup& group = join();
+  double_.set([](NcclDouble& d) { d.events_stay_pending = true; });
+  Work work = group.recv(device_tensor("x", 5), 2, 0, 5s), other = group.send(device_tensor("y", 2), 0, 0, 30ms);
+  EXPECT_FALSE(work.poll());
+  std::this_thread::sleep_for(60ms);
+  EXPECT_THAT(message_of([&] { work.wait(); }), HasSubstr("after 30 ms"));
 }
 
 TEST_F(NcclGroupTest, ALostPeerIsNamedWithNcclsWords) {
@@ -422,6 +442,14 @@ TEST_F(NcclGroupTest, AbortFromAnotherThreadEndsWaitsAndSplits) {
   part->close();
   group.close();
   EXPECT_THAT(double_.take({"nccl"}), IsEmpty());
+}
+
+TEST_F(NcclGroupTest, AfterAbortCloseSendsNothingThatHadNotLeft) {
+  ProcessGroup& group = join();
+  Work sent = group.send(device_tensor("out", 1), 0);
+  group.abort();
+  EXPECT_NO_THROW(group.close());
+  EXPECT_THAT(double_.take({"nccl"}), ElementsAre("ncclCommAbort(comm1)"));
 }
 
 TEST_F(NcclGroupTest, CloseFinalizesAndDestroysOnceAllIsThrough) {

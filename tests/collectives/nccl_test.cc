@@ -36,6 +36,7 @@ class NcclTest : public testing::Test {
   void run_nccl_ranks(const std::function<void(ProcessGroup&, at::Device)>& body) {
     const MeetingPlace place{.file = testing::TempDir() + "nccl_test." + std::to_string(getpid()), .job = "nccl_test"};
     std::vector<std::thread> threads;
+    threads.reserve(world_size_);
     for (int rank = 0; rank < world_size_; ++rank) {
       threads.emplace_back([&, rank] {
         try {
@@ -71,7 +72,7 @@ class NcclTest : public testing::Test {
 };
 
 // Whole numbers small enough for every dtype, so that sums are exact in any order; different on every rank.
-at::Tensor numbers(int64_t numel, int rank, at::ScalarType type, at::Device device) {
+at::Tensor numbers(int64_t numel, int64_t rank, at::ScalarType type, at::Device device) {
   return at::arange(numel).remainder(11).add(rank).to(type).to(device);
 }
 
@@ -96,12 +97,12 @@ TEST_F(NcclTest, ReductionsEqualTheLocalGroupsForEveryDtype) {
 
 TEST_F(NcclTest, GathersExchangesAndBroadcastsEqualTheLocalGroups) {
   expect_as_local([&](ProcessGroup& group, at::Device device) {
-    const int rank = group.rank(), size = group.size();
+    const int64_t rank = group.rank(), size = group.size();
     at::Tensor mine = numbers(3, rank, at::kFloat, device), all = at::empty({3 * size}, mine.options());
     group.all_gather(all, mine).wait();
 
     std::vector<int64_t> counts(size), send_counts(size), receive_counts(size);
-    for (int peer = 0; peer < size; ++peer) {
+    for (int64_t peer = 0; peer < size; ++peer) {
       counts[peer] = 2 * peer;
       send_counts[peer] = rank + peer + 1;
       receive_counts[peer] = peer + rank + 1;
@@ -116,7 +117,7 @@ TEST_F(NcclTest, GathersExchangesAndBroadcastsEqualTheLocalGroups) {
         .all_to_all(exchanged, numbers(total(send_counts), 100 * rank, at::kFloat, device), receive_counts, send_counts)
         .wait();
     at::Tensor told = numbers(7, rank, at::kLong, device);
-    group.broadcast(told, size - 1).wait();
+    group.broadcast(told, group.size() - 1).wait();
     return std::vector<at::Tensor>{all, uneven, exchanged, told};
   });
 }
@@ -136,7 +137,7 @@ TEST_F(NcclTest, HostTensorsTravelAndBarriersMeet) {
   expect_as_local([&](ProcessGroup& group, at::Device) {
     group.barrier();
     at::Tensor mine = numbers(3, group.rank(), at::kLong, at::kCPU),
-               all = at::empty({3 * group.size()}, mine.options());
+               all = at::empty({int64_t{3} * group.size()}, mine.options());
     group.all_gather(all, mine).wait();
     return std::vector<at::Tensor>{all};
   });

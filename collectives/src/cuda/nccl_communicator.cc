@@ -22,10 +22,10 @@ ExitCode exit_code_of(ncclResult_t code, ExitCode misuse) {
 
 }  // namespace
 
-void check_cuda(cudaError_t code, const std::string& doing, std::source_location where) {
+void check_cuda(cudaError_t code, const std::string& doing, const char* file, int line) {
   if (code == cudaSuccess) return;
   const std::string text = doing + " failed: " + cudaGetErrorName(code) + ": " + cudaGetErrorString(code) + " (" +
-                           where.file_name() + ":" + std::to_string(where.line()) + ")";
+                           file + ":" + std::to_string(line) + ")";
   if (is_node_bad(code)) {
     throw CollectiveError(text + ". Mend: take this node out of the job", ExitCode::kNodeBad);
   }

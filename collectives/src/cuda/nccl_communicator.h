@@ -4,7 +4,6 @@
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <source_location>
 #include <string>
 #include <utility>
 #include <vector>
@@ -32,8 +31,8 @@ struct EventTraits {
 using UniqueEvent = UniqueHandle<EventTraits>;
 
 /// @throws CollectiveError with CUDA's own words; its exit code says so when it is the node that is bad.
-void check_cuda(cudaError_t code, const std::string& doing,
-                std::source_location where = std::source_location::current());
+void check_cuda(cudaError_t code, const std::string& doing, const char* file = __builtin_FILE(),
+                int line = __builtin_LINE());
 
 /// An NCCL communicator that can be given up from any thread, and remembers why it was.
 ///

@@ -139,11 +139,14 @@ class NcclGroup : public ProcessGroup {
     int low = 0, high = 0;
     check_cuda(cudaDeviceGetStreamPriorityRange(&low, &high), "asking for stream priorities");
     cudaStream_t stream = nullptr;  // before compute, for others wait for what it sends; off the legacy default stream
-    check_cuda(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, high), "making a stream for " + name());
+    check_cuda(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, high),
+               "making a stream for " + comm_->name());
     stream_.reset(stream);
     watcher_ = std::thread([this] { watch(); });
   }
 
+  NcclGroup(const NcclGroup&) = delete;
+  NcclGroup& operator=(const NcclGroup&) = delete;
   ~NcclGroup() override {
     comm_->give_up("it was destroyed");  // before the stream goes: a kernel may wait in it for a peer that is gone
     stop_watching();
@@ -164,7 +167,7 @@ class NcclGroup : public ProcessGroup {
     Launch launch = begin(describe("reduce_scatter", input), timeout);
     void* into = launch.brings_back(output);
     const void* from = launch.brings(input);
-    return finish(std::move(launch), [&](ncclComm_t comm) {
+    return finish(launch, [&](ncclComm_t comm) {
       return ncclReduceScatter(from, into, count(output), nccl_type(input.scalar_type()), nccl_op(op), comm,
                                stream_.get());
     });
@@ -176,7 +179,7 @@ class NcclGroup : public ProcessGroup {
     Launch launch = begin(describe("all_gather", output), timeout);
     void* into = launch.brings_back(output);
     const void* from = launch.brings(input);
-    return finish(std::move(launch), [&](ncclComm_t comm) {
+    return finish(launch, [&](ncclComm_t comm) {
       return ncclAllGather(from, into, count(input), nccl_type(input.scalar_type()), comm, stream_.get());
     });
   }
@@ -206,7 +209,7 @@ class NcclGroup : public ProcessGroup {
     check_peer(root);
     Launch launch = begin(describe("broadcast", tensor) + " from " + std::to_string(root), timeout);
     void* data = launch.brings_back(tensor);
-    return finish(std::move(launch), [&](ncclComm_t comm) {
+    return finish(launch, [&](ncclComm_t comm) {
       return ncclBroadcast(data, data, count(tensor), nccl_type(tensor.scalar_type()), root, comm, stream_.get());
     });
   }
@@ -369,7 +372,7 @@ class NcclGroup : public ProcessGroup {
   Work reduce_all(const std::string& operation, const at::Tensor& tensor, ReduceOp op, Milliseconds timeout) {
     Launch launch = begin(operation, timeout);
     void* data = launch.brings_back(tensor);
-    return finish(std::move(launch), [&](ncclComm_t comm) {
+    return finish(launch, [&](ncclComm_t comm) {
       return ncclAllReduce(data, data, count(tensor), nccl_type(tensor.scalar_type()), nccl_op(op), comm,
                            stream_.get());
     });
@@ -383,7 +386,7 @@ class NcclGroup : public ProcessGroup {
     return Launch(*this, std::move(call));
   }
 
-  Work finish(Launch launch, const std::function<ncclResult_t(ncclComm_t)>& enqueue) {
+  Work finish(const Launch& launch, const std::function<ncclResult_t(ncclComm_t)>& enqueue) {
     const DeviceGuard guard(device_);
     send_off(launch.operation(), enqueue);
     return Work(std::make_unique<Operation>(*this, launch.operation()));
@@ -422,7 +425,7 @@ class NcclGroup : public ProcessGroup {
                  doing);
     }
     const ncclDataType_t type = nccl_type(input.scalar_type());
-    return finish(std::move(launch), [&](ncclComm_t comm) {
+    return finish(launch, [&](ncclComm_t comm) {
       GroupCall calls;
       for (int step = 1; step < size_; ++step) {  // each step every rank talks to another one
         const int to = (rank_ + step) % size_, source = (rank_ - step + size_) % size_;

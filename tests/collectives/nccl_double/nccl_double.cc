@@ -58,7 +58,8 @@ cudaStream_t NcclDouble::current_stream() { return reinterpret_cast<cudaStream_t
 void NcclDouble::reset() {
   const std::lock_guard lock(mutex_);
   version = NCCL_VERSION_CODE;
-  polls_before_settled = polls_left_ = 0;
+  polls_before_settled = 0;
+  polls_left_.clear();
   never_settles = events_stay_pending = false;
   async_error = ncclSuccess;
   event_error = cudaSuccess;
@@ -152,7 +153,7 @@ void NcclDouble::record(const std::string& call) {
   const std::lock_guard lock(mutex_);
   calls_.push_back(call);
   ++counts_[call.substr(0, call.find('('))];
-  polls_left_ = polls_before_settled;
+  for (const auto& [handle, named] : names_) polls_left_[handle] = polls_before_settled;
 }
 
 ncclResult_t NcclDouble::result_of(const std::string& function) {
@@ -161,12 +162,20 @@ ncclResult_t NcclDouble::result_of(const std::string& function) {
   return found != results.end() ? found->second : polls_before_settled > 0 ? ncclInProgress : ncclSuccess;
 }
 
-ncclResult_t NcclDouble::async_state() {
+ncclResult_t NcclDouble::async_state(const void* comm) {
   const std::lock_guard lock(mutex_);
   ++counts_["ncclCommGetAsyncError"];
   if (async_error != ncclSuccess) return async_error;
   if (never_settles) return ncclInProgress;
-  return polls_left_-- > 0 ? ncclInProgress : ncclSuccess;
+  int& left = polls_left_[static_cast<const char*>(comm)];
+  if (left == 0) return ncclSuccess;
+  --left;
+  return ncclInProgress;
+}
+
+bool NcclDouble::is_ready(const void* comm) {
+  const std::lock_guard lock(mutex_);
+  return polls_left_[static_cast<const char*>(comm)] == 0;
 }
 
 cudaError_t NcclDouble::event_state() {
@@ -219,14 +228,16 @@ ncclResult_t ncclCommAbort(ncclComm_t comm) {
 }
 ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t* state) {
   if (NcclDouble::get().name_of(comm) == "unknown") return ncclInvalidArgument;
-  *state = NcclDouble::get().async_state();
+  *state = NcclDouble::get().async_state(comm);
   return ncclSuccess;
 }
-ncclResult_t ncclCommCount(ncclComm_t, int* size) {
+ncclResult_t ncclCommCount(ncclComm_t comm, int* size) {
+  if (!NcclDouble::get().is_ready(comm)) return ncclInvalidArgument;
   *size = NcclDouble::get().size;
   return ncclSuccess;
 }
-ncclResult_t ncclCommUserRank(ncclComm_t, int* rank) {
+ncclResult_t ncclCommUserRank(ncclComm_t comm, int* rank) {
+  if (!NcclDouble::get().is_ready(comm)) return ncclInvalidArgument;
   *rank = NcclDouble::get().rank;
   return ncclSuccess;
 }

@@ -54,7 +54,8 @@ class NcclDouble {
   void forget(const void* handle);
   void record(const std::string& call);
   ncclResult_t result_of(const std::string& function);
-  ncclResult_t async_state();
+  ncclResult_t async_state(const void* comm);
+  bool is_ready(const void* comm);
   cudaError_t event_state();
 
  private:
@@ -67,7 +68,7 @@ class NcclDouble {
     bool is_ours;
   };
   std::map<const char*, Named> names_;
-  int polls_left_ = 0;
+  std::map<const char*, int> polls_left_;  // by communicator
 };
 
 }  // namespace lockstep
