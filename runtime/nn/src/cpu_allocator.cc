@@ -24,7 +24,8 @@ constexpr int kClasses = 4 * 48;
 
 int class_of(size_t bytes) {
   const size_t wanted = std::max(bytes, kLine);
-  const int power = std::bit_width(wanted - 1) - 1;  // 2^power < wanted <= 2^(power + 1), except that 64 has power 5
+  const int power = static_cast<int>(std::bit_width(wanted - 1)) -
+                    1;  // 2^power < wanted <= 2^(power + 1), except that 64 has power 5
   const size_t quarter = size_t{1} << (power - 2);
   const size_t steps = (wanted - (size_t{1} << power) + quarter - 1) / quarter;  // 1..4
   return 4 * power + static_cast<int>(steps) - 1;

@@ -23,7 +23,8 @@ bool has_kernel(const at::Tensor& x) {
 // Calls body(T()) with the kernels' element type of a tensor.
 template <typename Body>
 auto with_type(const at::Tensor& tensor, Body body) {
-  return tensor.scalar_type() == at::kBFloat16 ? body(Bf16()) : body(float());
+  if (tensor.scalar_type() == at::kBFloat16) return body(Bf16());
+  return body(float());
 }
 
 struct Gelu : Function<Gelu> {

@@ -8,7 +8,9 @@
 namespace lockstep::optim {
 
 double learning_rate_at(const ScheduleOptions& options, int64_t any_step) {
-  const auto& [kind, peak, final_fraction, warmup, total, decay_fraction] = options;
+  const std::string& kind = options.kind;
+  const double peak = options.learning_rate;
+  const int64_t warmup = options.warmup_steps, total = options.total_steps;
   if (kind != "constant" && kind != "cosine" && kind != "linear" && kind != "wsd")
     throw ConfigError("--learning_rate_schedule=" + kind + " is neither constant, cosine, linear nor wsd");
   if (warmup < 0 || warmup > total) {
@@ -21,11 +23,12 @@ double learning_rate_at(const ScheduleOptions& options, int64_t any_step) {
   const auto progress_since = [&](int64_t start) {
     return total - 1 <= start ? 1.0 : static_cast<double>(step - start) / static_cast<double>(total - 1 - start);
   };
-  const auto down = [&](double share) { return peak * (1 - (1 - final_fraction) * share); };
+  const auto down = [&](double share) { return peak * (1 - (1 - options.final_fraction) * share); };
   if (kind == "constant") return peak;
   if (kind == "linear") return down(progress_since(warmup));
   if (kind == "cosine") return down(0.5 * (1 - std::cos(std::numbers::pi * progress_since(warmup))));
-  const auto decay_start = total - static_cast<int64_t>(std::llround(decay_fraction * static_cast<double>(total)));
+  const auto decay_steps = static_cast<int64_t>(std::llround(options.decay_fraction * static_cast<double>(total)));
+  const int64_t decay_start = total - decay_steps;
   return step < decay_start ? peak : down(progress_since(decay_start));
 }
 
