@@ -188,6 +188,7 @@ LOCKSTEP_INLINE void column_sums_body(const T* x, int64_t rows, int64_t columns,
 
 }  // namespace
 
+// NOLINTBEGIN(bugprone-macro-parentheses): the arguments are types
 #define LOCKSTEP_NORM(X, Y)                                                                                \
   LOCKSTEP_CLONES void norm_forward(const X* x, const float* weight, const float* bias, Y* y, float* mean, \
                                     float* rstd, NormShape shape) {                                        \
@@ -227,5 +228,6 @@ LOCKSTEP_NORM(Bf16, float)
   }
 LOCKSTEP_ELEMENTWISE(float)
 LOCKSTEP_ELEMENTWISE(Bf16)
+// NOLINTEND(bugprone-macro-parentheses)
 
 }  // namespace lockstep::nn
