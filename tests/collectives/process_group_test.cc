@@ -135,9 +135,9 @@ TEST_P(ProcessGroupTest, AllGatherConcatenatesInRankOrderAndInPlace) {
 TEST_P(ProcessGroupTest, UnevenAllGatherTakesAnyCountsAlsoNone) {
   run_all([](ProcessGroup& group, at::ScalarType dtype, int64_t numel) {
     const std::function<int64_t(int)> patterns[] = {
-        [&](int rank) { return (numel + rank) % 3 == 0 ? 0 : numel + rank; },                    // gaps
-        [&](int rank) { return rank == group.size() - 1 ? numel : 0; },                          // one has it all
-        [&](int rank) { return std::max<int64_t>(0, std::min<int64_t>(4, numel - 4 * rank)); },  // cut every 4
+        [&](int rank) { return (numel + rank) % 3 == 0 ? 0 : numel + rank; },  // gaps
+        [&](int rank) { return rank == group.size() - 1 ? numel : 0; },        // one has it all
+        [&](int rank) { return std::max<int64_t>(0, std::min<int64_t>(4, numel - int64_t{4} * rank)); },  // cut every 4
     };
     for (const auto& count : patterns) {
       std::vector<int64_t> counts, wanted;
@@ -217,6 +217,7 @@ TEST_P(ProcessGroupTest, LettersOfOneTagArriveInTheOrderSent) {
     const int next = (group.rank() + 1) % group.size(), before = (group.rank() + group.size() - 1) % group.size();
     if (next == group.rank()) return;
     std::vector<Work> sends;
+    sends.reserve(20);
     for (int i = 0; i < 20; ++i) sends.push_back(group.send(at::full({7}, i, at::kInt), next, 3));
     for (int i = 0; i < 20; ++i) {
       at::Tensor x = at::zeros({7}, at::kInt);
@@ -314,7 +315,7 @@ TEST_P(ProcessGroupTest, AllGatherBytesKeepsEveryByteAndRankOrder) {
       std::string mine, wanted;
       for (int rank = 0; rank < group.size(); ++rank) {
         for (size_t i = 0; i < size; ++i) {
-          wanted.push_back(static_cast<char>(rank * 50 + i));
+          wanted.push_back(static_cast<char>(size_t{50} * rank + i));
           if (rank == group.rank()) mine.push_back(wanted.back());
         }
       }
