@@ -33,7 +33,7 @@ CudaState load_cuda_plugin(const std::string& folder) {
   CudaState state;
   state.why = ask_driver(&state.has_driver);
   if (!state.has_driver) {
-    state.why += ". Mend: run on a machine with a GPU, or pass --device=cpu";
+    state.why += ". Mend: run on a machine with a GPU, or without --device=cuda and --backend=nccl";
     return state;
   }
   const std::string path = (folder.empty() ? own_folder() : folder + "/") + "liblockstep_cuda.so";
