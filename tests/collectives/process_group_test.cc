@@ -379,12 +379,14 @@ TEST_P(ProcessGroupTest, OneThatStaysAwayIsATimeoutThatNamesOperationAndGroup) {
   const Case cases[] = {
       {"all_reduce", [&](ProcessGroup& g) { g.all_reduce(vector(5), ReduceOp::kSum, kSoon).wait(); }},
       {"reduce_scatter",
-       [&](ProcessGroup& g) { g.reduce_scatter(vector(5), vector(5 * g.size()), ReduceOp::kSum, kSoon).wait(); }},
-      {"all_gather", [&](ProcessGroup& g) { g.all_gather(vector(5 * g.size()), vector(5), kSoon).wait(); }},
+       [&](ProcessGroup& g) {
+         g.reduce_scatter(vector(5), vector(int64_t{5} * g.size()), ReduceOp::kSum, kSoon).wait();
+       }},
+      {"all_gather", [&](ProcessGroup& g) { g.all_gather(vector(int64_t{5} * g.size()), vector(5), kSoon).wait(); }},
       {"all_to_all",
        [&](ProcessGroup& g) {
          const std::vector<int64_t> counts(g.size(), 2);
-         g.all_to_all(vector(2 * g.size()), vector(2 * g.size()), counts, counts, kSoon).wait();
+         g.all_to_all(vector(int64_t{2} * g.size()), vector(int64_t{2} * g.size()), counts, counts, kSoon).wait();
        }},
       {"broadcast", [&](ProcessGroup& g) { g.broadcast(vector(5), 0, kSoon).wait(); }},
       {"recv", [&](ProcessGroup& g) { g.recv(vector(5), 0, 1, kSoon).wait(); }},
