@@ -21,13 +21,9 @@
 namespace lockstep {
 namespace {
 
-// A mistake in flags or files mostly shows on every rank alike: rank 0 says it and takes the job down, mpirun ends the
-// ranks a second later. One that is still there is alone with its mistake (a file missing on its node), and must speak.
-constexpr std::chrono::seconds kRankZeroSpeaksFirst{3};
-
 volatile std::sig_atomic_t g_stop = 0;  // the one thing a signal handler may touch
 
-void ask_to_stop(int) { g_stop = 1; }
+void ask_to_stop(int signal) { g_stop = signal; }
 
 void install_stop_handlers() {
   struct sigaction action {};
@@ -104,6 +100,15 @@ std::unique_ptr<Runtime> start_runtime(const RankInfo& info, const RuntimeOption
   return std::make_unique<Runtime>(info, device, std::move(world));
 }
 
+// A mistake in flags or files mostly shows on every rank alike: rank 0 says it and the job is taken down, with SIGTERM
+// and a second later SIGKILL. A rank that is still there after 3 s is alone with its mistake (a file missing on its
+// node) and must speak. SIGTERM may have come before this is called: then SIGKILL ends the wait.
+bool rank_zero_says_it() {
+  g_stop = 0;
+  for (int i = 0; i < 300 && g_stop != SIGTERM; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  return g_stop == SIGTERM;
+}
+
 bool mpi_is_up() {
   int initialized = 0, finalized = 0;
   MPI_Initialized(&initialized);
@@ -142,8 +147,7 @@ int run_rank(const RuntimeOptions& options, const std::function<int(Runtime&)>& 
   } catch (...) {
     const Failure failure = describe_current_exception();
     const int code = static_cast<int>(failure.code);
-    if (failure.code == ExitCode::kConfig && rank != 0) std::this_thread::sleep_for(kRankZeroSpeaksFirst);
-    LOG(ERROR) << failure.message;
+    if (failure.code != ExitCode::kConfig || rank == 0 || !rank_zero_says_it()) LOG(ERROR) << failure.message;
     if (runtime) runtime->world().abort();
     google::FlushLogFiles(google::INFO);
     if (mpi_is_up()) MPI_Abort(MPI_COMM_WORLD, code);
