@@ -38,7 +38,7 @@ struct Options {
 
   // checkpoint
   int64_t checkpoint_interval_steps = 500;  ///< <= 0: only the last step
-  bool checkpoint_initial = false;           ///< also before the first step: the initial weights as files
+  bool checkpoint_initial = false;          ///< also before the first step: the initial weights as files
   int64_t keep_checkpoints = 3;
   std::string resume = "auto";  ///< auto | never | PATH
   std::string init_from;        ///< weights only, step 0
