@@ -1,4 +1,4 @@
-# What the CUDA plug-in needs: CUDA's runtime (its headers come with LibTorch's wheels), NCCL's header and library, torch's CUDA half.
+# What the CUDA plug-in needs: CUDA's runtime (LibTorch's wheels bring its headers, but not their crt/ part, which the toolkit has), NCCL's header and library, torch's CUDA half.
 # Sets LOCKSTEP_CUDA_FOUND and the target lockstep::dep_nccl, or says in LOCKSTEP_CUDA_MISSING what is not there.
 set(LOCKSTEP_CUDA_MISSING "")
 if(NOT LOCKSTEP_CUDA STREQUAL "OFF")
@@ -7,9 +7,10 @@ if(NOT LOCKSTEP_CUDA STREQUAL "OFF")
   find_path(LOCKSTEP_NCCL_INCLUDE nccl.h HINTS ${nccl_wheels} /usr/local/cuda PATH_SUFFIXES include)
   find_library(LOCKSTEP_NCCL_LIBRARY NAMES nccl libnccl.so.2 HINTS ${nccl_wheels} /usr/local/cuda PATH_SUFFIXES lib lib64)
   find_path(LOCKSTEP_CUDART_INCLUDE cuda_runtime_api.h HINTS "${LOCKSTEP_DEPS_DIR}/nvidia/cu13" /usr/local/cuda PATH_SUFFIXES include)
+  find_path(LOCKSTEP_CUDA_CRT_INCLUDE crt/host_defines.h HINTS "${LOCKSTEP_DEPS_DIR}/nvidia/cu13" /usr/local/cuda PATH_SUFFIXES include)
   find_library(LOCKSTEP_CUDART_LIBRARY NAMES libcudart.so.13 HINTS "${LOCKSTEP_DEPS_DIR}/nvidia/cu13" /usr/local/cuda PATH_SUFFIXES lib lib64)
   find_library(LOCKSTEP_TORCH_CUDA_LIBRARY NAMES torch_cuda PATHS "${LOCKSTEP_TORCH_DIR}/lib" NO_DEFAULT_PATH)
-  foreach(part NCCL_INCLUDE NCCL_LIBRARY CUDART_INCLUDE CUDART_LIBRARY TORCH_CUDA_LIBRARY)
+  foreach(part NCCL_INCLUDE NCCL_LIBRARY CUDART_INCLUDE CUDA_CRT_INCLUDE CUDART_LIBRARY TORCH_CUDA_LIBRARY)
     if(NOT LOCKSTEP_${part})
       string(APPEND LOCKSTEP_CUDA_MISSING " ${part}")
     endif()
@@ -30,6 +31,7 @@ else()
   # Headers alone: what links, links the libraries or, in tests, their double.
   add_library(lockstep_dep_nccl INTERFACE)
   add_library(lockstep::dep_nccl ALIAS lockstep_dep_nccl)
-  target_include_directories(lockstep_dep_nccl SYSTEM INTERFACE "${LOCKSTEP_NCCL_INCLUDE}" "${LOCKSTEP_CUDART_INCLUDE}")
+  target_include_directories(lockstep_dep_nccl SYSTEM INTERFACE "${LOCKSTEP_NCCL_INCLUDE}" "${LOCKSTEP_CUDART_INCLUDE}"
+                             "${LOCKSTEP_CUDA_CRT_INCLUDE}")
   set_property(GLOBAL PROPERTY LOCKSTEP_CUDA_FOUND "NCCL ${nccl_version} at ${LOCKSTEP_NCCL_LIBRARY}")
 endif()
