@@ -29,6 +29,8 @@ tail -n 30 "$logs/release.log" | grep -E "tests passed|Test time|FAILED|Failed" 
 # GoogleTest prints "[  SKIPPED ] Name" after the reason; scripts print "SKIPPED: name: reason".
 grep -hE "SKIPPED: " "$logs"/*.log | sed 's/^[0-9]*: //' | sort -u > "$logs/skipped" || true
 grep -hB1 -E "\[  SKIPPED \] .*\(" "$logs/release.log" | sed 's/^[0-9]*: //' | grep -v '^--' | paste - - | sort -u >> "$logs/skipped" || true
+# Tests that were not even built.
+if [ -e build/release-configure.log ]; then sed -n 's/^-- CUDA plug-in: left out/SKIPPED: collectives_nccl, collectives_nccl_double: left out/p' build/release-configure.log >> "$logs/skipped"; fi
 echo "skipped: $(wc -l < "$logs/skipped")"
 cat "$logs/skipped"
 grep -hE "^[0-9]+% tests passed" "$logs"/{asan,tsan,release}.log
