@@ -56,6 +56,17 @@ std::vector<uint32_t> buffer_versions(const torch::nn::Module& model) {
   return versions;
 }
 
+// What forward writes depends on which micro-batches ran here, and in which order: on the layout.
+void refuse_written_buffers(const torch::nn::Module& model, const std::vector<uint32_t>& versions_before) {
+  const auto buffers = model.named_buffers();
+  for (size_t i = 0; i < buffers.size(); ++i) {
+    if (buffers[i].value()._version() == versions_before[i]) continue;
+    throw ConfigError("the model's forward writes its buffer " + buffers[i].key() +
+                      ", so its value would depend on the number of ranks. Mend: GroupNorm or LayerNorm instead of "
+                      "BatchNorm; keep other such state in the task");
+  }
+}
+
 // What rank 0 writes while the run goes on.
 struct Watch {
   Watch(Fs& fs, const Options& options, int64_t resume_step)
@@ -96,7 +107,6 @@ class Trainer {
   // The step, top to bottom.
   void step();
   void compute_leaf(int lane, int64_t leaf, const data::Batch& batch, size_t slot);
-  void refuse_written_buffers(const std::vector<uint32_t>& versions_before);
   void skip_step(const StepReport& report, double loss);
   void update(double grad_norm, double learning_rate);
   void report_step(double loss, double grad_norm, double learning_rate, double accuracy, double step_s);
@@ -371,24 +381,13 @@ void Trainer::compute_leaf(int lane, int64_t leaf, const data::Batch& host_batch
     const nn::AutocastGuard autocast(device_.type(), options_.precision == "bf16");
     loss = task_.loss(model, batch);
   }
-  if (first_step && lane == 0) refuse_written_buffers(versions);
+  if (first_step) refuse_written_buffers(model, versions);
   // The loss is a sum; its gradient carries the divisor, the same on every rank.
   const auto weight =
       at::full({}, static_cast<float>(1.0 / static_cast<double>(step_count_)), loss.sum.options().requires_grad(false));
   torch::autograd::backward({loss.sum}, {weight});
   reducer_->end_leaf(lane);
   leaf_losses_[slot] = {loss.sum.detach(), loss.correct.defined() ? loss.correct.detach() : at::Tensor()};
-}
-
-// What forward writes depends on which micro-batches ran here, and in which order: on the layout.
-void Trainer::refuse_written_buffers(const std::vector<uint32_t>& versions_before) {
-  const auto buffers = models_[0]->named_buffers();
-  for (size_t i = 0; i < buffers.size(); ++i) {
-    if (buffers[i].value()._version() == versions_before[i]) continue;
-    throw ConfigError("the model's forward writes its buffer " + buffers[i].key() +
-                      ", so its value would depend on the number of ranks. Mend: GroupNorm or LayerNorm instead of "
-                      "BatchNorm; keep other such state in the task");
-  }
 }
 
 void Trainer::update(double grad_norm, double learning_rate) {
