@@ -109,19 +109,26 @@ Piece owned_piece(int64_t numel, int rank, int size) {
   return {begin, std::min(numel, begin + each) - begin};
 }
 
+std::vector<Piece> even_pieces(int64_t numel, int size) {
+  std::vector<Piece> pieces;
+  for (int rank = 0; rank < size; ++rank) pieces.push_back(owned_piece(numel, rank, size));
+  return pieces;
+}
+
 OrderedReduction::OrderedReduction(ProcessGroup& group, int64_t num_leaves, std::vector<at::Tensor> roots,
-                                   int64_t numel, at::TensorOptions options, Milliseconds timeout)
-    : group_(&group), num_leaves_(num_leaves), numel_(numel), roots_(std::move(roots)) {
+                                   std::vector<Piece> pieces, at::TensorOptions options, Milliseconds timeout)
+    : group_(&group), num_leaves_(num_leaves), pieces_(std::move(pieces)), roots_(std::move(roots)) {
   LOCKSTEP_CHECK(num_leaves > 0) << "a sum of no leaves";
   const int size = group.size();
   const auto num_roots = static_cast<int64_t>(roots_.size());
   LOCKSTEP_CHECK(roots_.size() == maximal_aligned_blocks(leaf_share(num_leaves, group.rank(), size)).size())
       << roots_.size() << " roots do not fit the share of rank " << group.rank() << " of " << size << " in "
       << num_leaves << " leaves";
-  const int64_t own = owned_piece(numel, group.rank(), size).numel;
+  LOCKSTEP_CHECK(pieces_.size() == static_cast<size_t>(size)) << pieces_.size() << " pieces for " << size << " ranks";
+  const int64_t own = pieces_[group.rank()].numel, numel = pieces_.back().offset + pieces_.back().numel;
   std::vector<int64_t> send_counts(size), receive_counts(size);
   for (int rank = 0; rank < size; ++rank) {
-    send_counts[rank] = num_roots * owned_piece(numel, rank, size).numel;
+    send_counts[rank] = num_roots * pieces_[rank].numel;
     receive_counts[rank] =
         own * static_cast<int64_t>(maximal_aligned_blocks(leaf_share(num_leaves, rank, size)).size());
   }
@@ -131,8 +138,7 @@ OrderedReduction::OrderedReduction(ProcessGroup& group, int64_t num_leaves, std:
   } else {
     send_ = at::empty({num_roots * numel}, options);
     int64_t offset = 0;
-    for (int rank = 0; rank < size; ++rank) {
-      const Piece piece = owned_piece(numel, rank, size);
+    for (const Piece& piece : pieces_) {
       for (const at::Tensor& root : roots_) {
         send_.narrow(0, offset, piece.numel).copy_(root.narrow(0, piece.offset, piece.numel));
         offset += piece.numel;
@@ -152,7 +158,7 @@ void OrderedReduction::finish(const at::Tensor& piece) {
     for (const LeafBlock& block : maximal_aligned_blocks(leaf_share(num_leaves_, rank, group_->size())))
       blocks.push_back(block);
   }
-  const int64_t own = owned_piece(numel_, group_->rank(), group_->size()).numel;
+  const int64_t own = pieces_[group_->rank()].numel;
   LOCKSTEP_CHECK(piece.numel() == own) << "piece has " << piece.numel() << " elements, this rank owns " << own;
   std::vector<at::Tensor> slots;
   for (size_t i = 0; i < blocks.size(); ++i) slots.push_back(received_.narrow(0, static_cast<int64_t>(i) * own, own));
@@ -180,7 +186,7 @@ at::Tensor ordered_all_reduce(ProcessGroup& group, int64_t num_leaves, std::vect
   at::Tensor sum = at::empty({numel}, options);
   const Piece own = owned_piece(numel, group.rank(), group.size());
   at::Tensor piece = sum.narrow(0, own.offset, own.numel);
-  OrderedReduction(group, num_leaves, std::move(roots), numel, options).finish(piece);
+  OrderedReduction(group, num_leaves, std::move(roots), even_pieces(numel, group.size()), options).finish(piece);
   std::vector<int64_t> counts(group.size());
   for (int rank = 0; rank < group.size(); ++rank) counts[rank] = owned_piece(numel, rank, group.size()).numel;
   group.all_gather_uneven(sum, piece, counts).wait();

@@ -1,4 +1,5 @@
 #include <cstring>
+#include <numeric>
 
 #include <ATen/ops/empty.h>
 
@@ -23,6 +24,24 @@ std::string all_gather_bytes(ProcessGroup& group, std::span<const std::byte> val
   if (n > 0) std::memcpy(mine.mutable_data_ptr<uint8_t>(), value.data(), value.size());
   group.all_gather(all, mine).wait();
   return {reinterpret_cast<const char*>(all.const_data_ptr<uint8_t>()), static_cast<size_t>(all.numel())};
+}
+
+std::vector<std::string> all_gather_text(ProcessGroup& group, const std::string& text) {
+  const auto mine = static_cast<int64_t>(text.size());
+  const std::string sizes = all_gather_bytes(group, std::as_bytes(std::span(&mine, 1)));
+  std::vector<int64_t> counts(group.size());
+  std::memcpy(counts.data(), sizes.data(), sizes.size());
+  at::Tensor bytes = at::empty({mine}, at::kByte);
+  if (mine > 0) std::memcpy(bytes.mutable_data_ptr<uint8_t>(), text.data(), text.size());
+  at::Tensor all = at::empty({std::accumulate(counts.begin(), counts.end(), int64_t{0})}, at::kByte);
+  group.all_gather_uneven(all, bytes, counts).wait();
+  std::vector<std::string> texts;
+  const auto* next = reinterpret_cast<const char*>(all.const_data_ptr<uint8_t>());
+  for (const int64_t count : counts) {
+    texts.emplace_back(next, static_cast<size_t>(count));
+    next += count;
+  }
+  return texts;
 }
 
 }  // namespace lockstep

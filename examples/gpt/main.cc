@@ -23,7 +23,9 @@ class LanguageModel : public lockstep::train::Task {
 
   std::string name() const override { return "gpt"; }
   std::shared_ptr<torch::nn::Module> make_model() override { return std::make_shared<Model>(flags_.model); }
-  void initialize(torch::nn::Module& model, uint64_t seed) override { dynamic_cast<Model&>(model).initialize(seed); }
+  void initialize(const std::string& name, const at::Tensor& parameter, uint64_t seed) override {
+    gpt::initialize(flags_.model, name, parameter, seed);
+  }
 
   std::shared_ptr<const Dataset> training_data() override { return open(lockstep::train::train_data_flag()); }
   std::shared_ptr<const Dataset> validation_data() override {
@@ -34,15 +36,8 @@ class LanguageModel : public lockstep::train::Task {
   int64_t count(const Batch& batch) override { return batch.valid_samples * flags_.model.sequence_length; }
   const char* count_unit() const override { return "tokens"; }
 
-  lockstep::train::LossSum loss(torch::nn::Module& model, const Batch& batch) override {
-    const int64_t valid = batch.valid_samples;
-    return {dynamic_cast<Model&>(model).loss_sum(batch.tensors[0].narrow(0, 0, valid),
-                                                 batch.tensors[1].narrow(0, 0, valid)),
-            {}};
-  }
-
+  bool wants_finished_model() const override { return flags_.generate_tokens > 0; }
   void finished(torch::nn::Module& model) override {
-    if (flags_.generate_tokens <= 0) return;
     // Bytes are their own text. Other tokenizers' ids are printed as they are: the program does not know their words.
     std::vector<int64_t> prompt;
     for (const unsigned char letter : flags_.prompt.empty() ? std::string("\n") : flags_.prompt)

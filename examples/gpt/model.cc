@@ -7,6 +7,8 @@
 #include <lockstep/nn/dropout.h>
 #include <lockstep/nn/functions.h>
 #include <lockstep/nn/init.h>
+#include <lockstep/nn/linear.h>
+#include <lockstep/nn/norm.h>
 
 namespace gpt {
 
@@ -36,10 +38,54 @@ Config resolve(Config config) {
   return config;
 }
 
-// x + attention(norm(x)), then x + mlp(norm(x)).
-class Model::Block : public torch::nn::Module {
+namespace {
+
+using Batch = std::vector<at::Tensor>;
+
+// The family's norm.
+class Norm : public torch::nn::Module {
  public:
-  Block(const Config& config, uint64_t number) : config_(config), number_(number) {
+  explicit Norm(const Config& config) : is_layer_norm_(config.family == "gpt2") {
+    weight_ = register_parameter("weight", at::zeros({config.width}));
+    if (is_layer_norm_) bias_ = register_parameter("bias", at::zeros({config.width}));
+  }
+  at::Tensor forward(const at::Tensor& x) const {
+    return is_layer_norm_ ? nn::layer_norm(x, weight_, bias_, kEpsilon) : nn::rms_norm(x, weight_, kEpsilon);
+  }
+
+ private:
+  static constexpr double kEpsilon = 1e-5;
+  bool is_layer_norm_;
+  at::Tensor weight_, bias_;
+};
+
+class EmbeddingLayer : public lockstep::StackLayer {
+ public:
+  explicit EmbeddingLayer(const Config& config) : config_(config) {
+    weight_ = register_parameter("weight", at::zeros({config.vocab_size, config.width}));
+    if (config.family == "gpt2")
+      positions_ = register_parameter("positions", at::zeros({config.sequence_length, config.width}));
+  }
+
+  at::Tensor forward(at::Tensor, const Batch& batch) override {
+    at::Tensor x = at::embedding(weight_, batch[0]);
+    if (positions_.defined()) x = x + positions_.narrow(0, 0, batch[0].size(1));
+    return nn::dropout(x, config_.dropout, is_training(), 1'000'000);
+  }
+
+ private:
+  Config config_;
+  at::Tensor weight_, positions_;
+};
+
+// Cosines and sines of all positions: constants, so no buffers of the checkpoint.
+using RopeTables = std::pair<at::Tensor, at::Tensor>;
+
+// x + attention(norm(x)), then x + mlp(norm(x)).
+class Block : public lockstep::StackLayer {
+ public:
+  Block(const Config& config, uint64_t number, RopeTables tables)
+      : config_(config), number_(number), tables_(std::move(tables)) {
     const int64_t width = config.width, head_dim = width / config.heads;
     const bool bias = !is_llama();
     qkv_ = register_module("qkv",
@@ -48,36 +94,31 @@ class Model::Block : public torch::nn::Module {
     up_ = register_module("up", std::make_shared<nn::Linear>(width, config.ffn_width, bias));
     if (is_llama()) gate_ = register_module("gate", std::make_shared<nn::Linear>(width, config.ffn_width, bias));
     down_ = register_module("down", std::make_shared<nn::Linear>(config.ffn_width, width, bias));
-    if (is_llama()) {
-      rms_[0] = register_module("norm1", std::make_shared<nn::RmsNorm>(width));
-      rms_[1] = register_module("norm2", std::make_shared<nn::RmsNorm>(width));
-    } else {
-      layer_[0] = register_module("norm1", std::make_shared<nn::LayerNorm>(width));
-      layer_[1] = register_module("norm2", std::make_shared<nn::LayerNorm>(width));
-    }
+    norm1_ = register_module("norm1", std::make_shared<Norm>(config));
+    norm2_ = register_module("norm2", std::make_shared<Norm>(config));
   }
 
-  at::Tensor forward(const at::Tensor& x_BTC, const at::Tensor& cosines, const at::Tensor& sines) {
-    const at::Tensor x = x_BTC + drop(attend(norm(0, x_BTC), cosines, sines), 0);
-    return x + drop(feed_forward(norm(1, x)), 1);
+  at::Tensor forward(at::Tensor x_BTC, const Batch&) override {
+    const at::Tensor x = x_BTC + drop(attend(norm1_->forward(x_BTC)), 0);
+    return x + drop(feed_forward(norm2_->forward(x)), 1);
   }
 
  private:
   bool is_llama() const { return config_.family == "llama"; }
-  at::Tensor norm(int which, const at::Tensor& x) {
-    return is_llama() ? rms_[which]->forward(x) : layer_[which]->forward(x);
-  }
   at::Tensor drop(const at::Tensor& x, uint64_t place) {
     return nn::dropout(x, config_.dropout, is_training(), 2 * number_ + place);
   }
 
-  at::Tensor attend(const at::Tensor& x, const at::Tensor& cosines, const at::Tensor& sines) {
+  at::Tensor attend(const at::Tensor& x) {
     const int64_t b = x.size(0), t = x.size(1), head_dim = config_.width / config_.heads;
     const auto parts = qkv_->forward(x)
                            .view({b, t, config_.heads + 2 * config_.kv_heads, head_dim})
                            .split_with_sizes({config_.heads, config_.kv_heads, config_.kv_heads}, 2);
     at::Tensor q = parts[0], k = parts[1];
-    if (is_llama()) q = nn::rope(q, cosines, sines), k = nn::rope(k, cosines, sines);
+    if (is_llama()) {
+      const at::Tensor cosines = tables_.first.narrow(0, 0, t), sines = tables_.second.narrow(0, 0, t);
+      q = nn::rope(q, cosines, sines), k = nn::rope(k, cosines, sines);
+    }
     return projection_->forward(nn::attention(q, k, parts[2], /*causal=*/true));
   }
 
@@ -88,64 +129,64 @@ class Model::Block : public torch::nn::Module {
 
   Config config_;
   uint64_t number_;
+  RopeTables tables_;
   std::shared_ptr<nn::Linear> qkv_, projection_, gate_, up_, down_;
-  std::shared_ptr<nn::LayerNorm> layer_[2];
-  std::shared_ptr<nn::RmsNorm> rms_[2];
+  std::shared_ptr<Norm> norm1_, norm2_;
 };
 
-Model::Model(const Config& config) : config_(config) {
-  embedding_ = register_module("embedding", std::make_shared<nn::Embedding>(config.vocab_size, config.width));
-  if (config.family == "gpt2") {
-    positions_ = register_module("positions", std::make_shared<nn::Embedding>(config.sequence_length, config.width));
-  } else {
-    std::tie(cosines_, sines_) =
-        nn::rope_tables(config.sequence_length, config.width / config.heads, config.rope_theta);
+class Head : public lockstep::StackLayer {
+ public:
+  explicit Head(const Config& config) {
+    norm_ = register_module("norm", std::make_shared<Norm>(config));
+    weight_ = register_parameter("weight", at::zeros({config.vocab_size, config.width}));
   }
+
+  at::Tensor forward(at::Tensor x_BTC, const Batch& batch) override {
+    const at::Tensor x = norm_->forward(x_BTC);
+    if (batch.size() < 2) return nn::linear(x, weight_, at::Tensor()).to(at::kFloat);
+    return nn::linear_cross_entropy_sum(x.view({-1, x.size(-1)}), weight_, batch[1].reshape({-1}));
+  }
+
+ private:
+  std::shared_ptr<Norm> norm_;
+  at::Tensor weight_;
+};
+
+// Costs in products of width x width a token.
+std::vector<lockstep::LayerStack::Layer> layers_of(const Config& config) {
+  RopeTables tables;
+  if (config.family == "llama")
+    tables = nn::rope_tables(config.sequence_length, config.width / config.heads, config.rope_theta);
+  std::vector<lockstep::LayerStack::Layer> layers;
+  layers.push_back({"embedding", [config] { return std::make_shared<EmbeddingLayer>(config); }, 0.1});
+  const auto width = static_cast<double>(config.width);
+  const double attention = 2 + 2.0 * static_cast<double>(config.kv_heads) / static_cast<double>(config.heads) +
+                           static_cast<double>(config.sequence_length) / width;
+  const double mlp = (config.family == "llama" ? 3 : 2) * static_cast<double>(config.ffn_width) / width;
   for (int64_t i = 0; i < config.layers; ++i) {
-    blocks_.push_back(
-        register_module("block" + std::to_string(i), std::make_shared<Block>(config, static_cast<uint64_t>(i))));
+    layers.push_back({"block" + std::to_string(i),
+                      [config, i, tables] { return std::make_shared<Block>(config, static_cast<uint64_t>(i), tables); },
+                      attention + mlp});
   }
-  if (config.family == "gpt2") {
-    layer_norm_ = register_module("norm", std::make_shared<nn::LayerNorm>(config.width));
+  layers.push_back(
+      {"head", [config] { return std::make_shared<Head>(config); }, static_cast<double>(config.vocab_size) / width});
+  return layers;
+}
+
+}  // namespace
+
+Model::Model(const Config& config)
+    : LayerStack(layers_of(config), config.tied_head ? std::vector<lockstep::Tie>{{"embedding.weight", "head.weight"}}
+                                                     : std::vector<lockstep::Tie>{}),
+      config_(config) {}
+
+void initialize(const Config& config, const std::string& name, const at::Tensor& parameter, uint64_t seed) {
+  const bool into_residual = name.find("projection.") != std::string::npos || name.find("down.") != std::string::npos;
+  if (parameter.dim() < 2) {
+    nn::fill_constant(parameter, name.ends_with("weight") ? 1.0 : 0.0);
   } else {
-    rms_norm_ = register_module("norm", std::make_shared<nn::RmsNorm>(config.width));
-  }
-  if (!config.tied_head)
-    head_ = register_module("head", std::make_shared<nn::Linear>(config.width, config.vocab_size, /*bias=*/false));
-}
-
-Model::~Model() = default;
-
-at::Tensor Model::hidden(const at::Tensor& tokens_BT) {
-  const int64_t length = tokens_BT.size(1);
-  at::Tensor x = embedding_->forward(tokens_BT);
-  if (positions_) x = x + positions_->weight.narrow(0, 0, length);
-  x = nn::dropout(x, config_.dropout, is_training(), 1'000'000);
-  const at::Tensor cosines = cosines_.defined() ? cosines_.narrow(0, 0, length) : cosines_,
-                   sines = sines_.defined() ? sines_.narrow(0, 0, length) : sines_;
-  for (const auto& block : blocks_) x = block->forward(x, cosines, sines);
-  return layer_norm_ ? layer_norm_->forward(x) : rms_norm_->forward(x);
-}
-
-at::Tensor Model::loss_sum(const at::Tensor& tokens_BT, const at::Tensor& targets_BT) {
-  return nn::linear_cross_entropy_sum(hidden(tokens_BT).view({-1, config_.width}), head_weight(),
-                                      targets_BT.reshape({-1}));
-}
-
-at::Tensor Model::logits(const at::Tensor& hidden_BTC) {
-  return nn::linear(hidden_BTC, head_weight(), at::Tensor()).to(at::kFloat);
-}
-
-void Model::initialize(uint64_t seed) {
-  for (const auto& item : named_parameters()) {
-    const std::string& name = item.key();
-    const bool into_residual = name.find("projection.") != std::string::npos || name.find("down.") != std::string::npos;
-    if (item.value().dim() < 2) {
-      nn::fill_constant(item.value(), name.ends_with("weight") ? 1.0 : 0.0);
-    } else {
-      nn::fill_normal(item.value(), seed, name,
-                      into_residual ? 0.02 / std::sqrt(2.0 * static_cast<double>(config_.layers)) : 0.02);
-    }
+    nn::fill_normal(parameter, seed, name,
+                    into_residual ? 0.02 / std::sqrt(2.0 * static_cast<double>(config.layers)) : 0.02);
   }
 }
 
@@ -156,8 +197,7 @@ std::vector<int64_t> generate(Model& model, std::vector<int64_t> tokens, int64_t
   for (int64_t i = 0; i < count; ++i) {
     const auto length = std::min(static_cast<int64_t>(tokens.size()), model.config().sequence_length);
     const at::Tensor input = torch::tensor(std::vector<int64_t>(tokens.end() - length, tokens.end())).view({1, length});
-    const at::Tensor last =
-        model.logits(model.hidden(input).select(1, length - 1)).view({-1}) / std::max(temperature, 1e-6);
+    const at::Tensor last = model.forward({input}).select(1, length - 1).view({-1}) / std::max(temperature, 1e-6);
     const auto [values, ids] = last.topk(std::min(top_k, last.numel()));
     const at::Tensor cumulative = values.softmax(0).cumsum(0).contiguous();
     const float draw = lockstep::uniform_at(key, static_cast<uint64_t>(i)) * cumulative[-1].item<float>();

@@ -3,10 +3,7 @@
 #include <string>
 #include <vector>
 
-#include <torch/nn/module.h>
-
-#include <lockstep/nn/linear.h>
-#include <lockstep/nn/norm.h>
+#include <lockstep/sharding/layer_stack.h>
 
 namespace gpt {
 
@@ -25,34 +22,21 @@ struct Config {
 /// @throws lockstep::ConfigError sizes that do not divide, with the mend.
 Config resolve(Config config);
 
-/// Shapes: B samples, T tokens, C width, V vocabulary. A list of blocks "blocks.N", tensor in, tensor out.
-class Model : public torch::nn::Module {
+/// Embedding, blocks, head: layers "embedding", "block0", ..., "head". Shapes: B samples, T tokens, C width, V
+/// vocabulary. forward({tokens_BT, targets_BT}) is the loss, summed over tokens; forward({tokens_BT}) the logits
+/// [B, T, V].
+class Model : public lockstep::LayerStack {
  public:
   explicit Model(const Config& config);
-  ~Model() override;
-
-  at::Tensor hidden(const at::Tensor& tokens_BT);  ///< [B, T, C], after the last norm
-  at::Tensor loss_sum(const at::Tensor& tokens_BT, const at::Tensor& targets_BT);
-  at::Tensor logits(const at::Tensor& hidden_BTC);
-
-  /// GPT-2's scheme: normal 0.02, projections into the residual stream scaled by 1 / sqrt(2 layers); each from its own
-  /// named stream.
-  void initialize(uint64_t seed);
-
   const Config& config() const { return config_; }
 
  private:
-  class Block;
-  const at::Tensor& head_weight() const { return head_ ? head_->weight : embedding_->weight; }
-
   Config config_;
-  std::shared_ptr<lockstep::nn::Embedding> embedding_, positions_;
-  std::vector<std::shared_ptr<Block>> blocks_;
-  std::shared_ptr<lockstep::nn::LayerNorm> layer_norm_;
-  std::shared_ptr<lockstep::nn::RmsNorm> rms_norm_;
-  std::shared_ptr<lockstep::nn::Linear> head_;
-  at::Tensor cosines_, sines_;  // RoPE tables: constants, so no buffers of the checkpoint
 };
+
+/// GPT-2's scheme: normal 0.02, projections into the residual stream scaled by 1 / sqrt(2 layers); each from its own
+/// named stream.
+void initialize(const Config& config, const std::string& name, const at::Tensor& parameter, uint64_t seed);
 
 /// Continues `prompt` by `count` tokens, drawn with `temperature` among the `top_k` likeliest; random numbers are keyed
 /// by `seed`.

@@ -29,7 +29,9 @@ class Classification : public lockstep::train::Task {
 
   std::string name() const override { return "image_classification"; }
   std::shared_ptr<torch::nn::Module> make_model() override { return make_classifier(config_); }
-  void initialize(torch::nn::Module& model, uint64_t seed) override { image::initialize(model, seed); }
+  void initialize(const std::string& name, const at::Tensor& parameter, uint64_t seed) override {
+    image::initialize(name, parameter, seed);
+  }
 
   std::shared_ptr<const Dataset> training_data() override { return open(/*validation=*/false); }
   std::shared_ptr<const Dataset> validation_data() override {

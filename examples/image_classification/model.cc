@@ -163,19 +163,15 @@ std::shared_ptr<Classifier> make_classifier(const Config& config) {
   return std::make_shared<VisionTransformer>(config);
 }
 
-void initialize(torch::nn::Module& model, uint64_t seed) {
-  for (const auto& item : model.named_parameters()) {
-    const std::string& name = item.key();
-    at::Tensor parameter = item.value();
-    const bool ends_branch = name.find("projection.") != std::string::npos || name.find("down.") != std::string::npos;
-    if (name.find("second.norm_weight") != std::string::npos || ends_branch) {
-      nn::fill_constant(parameter, 0.0);
-    } else if (parameter.dim() < 2) {
-      nn::fill_constant(parameter, name.ends_with("weight") ? 1.0 : 0.0);
-    } else {
-      const int64_t fan_in = parameter.numel() / parameter.size(0);
-      nn::fill_normal(parameter, seed, name, std::sqrt(2.0 / static_cast<double>(fan_in)));
-    }
+void initialize(const std::string& name, const at::Tensor& parameter, uint64_t seed) {
+  const bool ends_branch = name.find("projection.") != std::string::npos || name.find("down.") != std::string::npos;
+  if (name.find("second.norm_weight") != std::string::npos || ends_branch) {
+    nn::fill_constant(parameter, 0.0);
+  } else if (parameter.dim() < 2) {
+    nn::fill_constant(parameter, name.ends_with("weight") ? 1.0 : 0.0);
+  } else {
+    const int64_t fan_in = parameter.numel() / parameter.size(0);
+    nn::fill_normal(parameter, seed, name, std::sqrt(2.0 / static_cast<double>(fan_in)));
   }
 }
 

@@ -27,6 +27,6 @@ std::shared_ptr<Classifier> make_classifier(const Config& config);
 
 /// Matrices and kernels normal with variance 2 / fan-in (He et al., arXiv:1502.01852), the last of each residual branch
 /// zero; each from its own named stream.
-void initialize(torch::nn::Module& model, uint64_t seed);
+void initialize(const std::string& name, const at::Tensor& parameter, uint64_t seed);
 
 }  // namespace image

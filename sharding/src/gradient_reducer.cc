@@ -3,28 +3,19 @@
 #include <cstring>
 #include <mutex>
 #include <optional>
-#include <sstream>
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
-#include <torch/csrc/autograd/variable.h>
 
 #include <lockstep/base/error.h>
+#include <lockstep/sharding/bucket_layout.h>
 #include <lockstep/sharding/gradient_reducer.h>
 
 #include "add.h"
 
 namespace lockstep {
 namespace {
-
-constexpr int64_t kAlignment = 16;  // floats: one cache line, so that parameters in a bucket never share one
-
-int64_t aligned(int64_t numel) { return (numel + kAlignment - 1) / kAlignment * kAlignment; }
-
-// What a parameter without gradient contributes: -0.0 is addition's identity for every float, +0.0 would turn -0.0 into
-// +0.0.
-constexpr float kNothing = -0.0f;
 
 bool is_ours_alone(const at::Tensor& tensor) { return tensor.storage().use_count() == 1; }
 
@@ -37,30 +28,32 @@ at::Tensor merged(const at::Tensor& left, const at::Tensor& right) {
   return out;
 }
 
+std::vector<std::vector<int64_t>> shapes_of(const std::vector<size_t>& indices,
+                                            const std::vector<NamedParameter>& parameters) {
+  std::vector<std::vector<int64_t>> shapes;
+  for (const size_t i : indices) shapes.push_back(parameters[i].tensor.sizes().vec());
+  return shapes;
+}
+
 }  // namespace
 
 struct GradientReducer::Bucket {
+  Bucket(std::vector<size_t> members, BucketLayout how) : parameters(std::move(members)), layout(std::move(how)) {}
   std::vector<size_t> parameters;
-  int64_t numel = 0;
+  BucketLayout layout;
   std::vector<at::Tensor> roots;  // this rank's sums, one flat tensor for each of root_blocks_
-  at::Tensor grad;                // the reduced gradient
+  at::Tensor piece, shard;        // this rank's piece of the sum, and the shard it is a part of
   std::atomic<int64_t> missing{0};
   std::optional<OrderedReduction> reduction;
-  Work work;  // the gather of pieces, or the fast all-reduce
+  Work work;            // the gather of pieces, or the fast all-reduce
+  at::Tensor fast_sum;  // what the all-reduce works on
 };
 
-// A parameter's place in its bucket, and its gradients that wait for their siblings.
+// A parameter's place, and its gradients that wait for their siblings.
 struct GradientReducer::Slot {
-  size_t bucket = 0;
-  int64_t offset = 0, numel = 0;
+  size_t bucket = 0, in_bucket = 0;
   std::mutex mutex;
   std::vector<std::pair<LeafBlock, at::Tensor>> waiting;
-  std::atomic<bool> used{false};
-};
-
-struct GradientReducer::Lane {
-  int64_t leaf = -1;
-  std::vector<bool> arrived;
 };
 
 struct GradientReducer::LaunchState {
@@ -68,102 +61,75 @@ struct GradientReducer::LaunchState {
   size_t next = 0;  // the first bucket not launched yet
 };
 
-// One a parameter and lane. AccumulateGrad has just stored this leaf's gradient: take it, so that the next leaf starts
-// undefined.
-class GradientHook : public torch::autograd::PostAccumulateGradHook {
- public:
-  GradientHook(GradientReducer& reducer, int lane, size_t parameter)
-      : reducer_(reducer), lane_(lane), parameter_(parameter) {}
-  void operator()(const at::Tensor& parameter) override {
-    at::Tensor grad = std::move(parameter.mutable_grad());
-    parameter.mutable_grad().reset();
-    reducer_.deliver(lane_, parameter_, std::move(grad));
-  }
-
- private:
-  GradientReducer& reducer_;
-  int lane_;
-  size_t parameter_;
-};
-
 GradientReducer::GradientReducer(ProcessGroup& group, std::vector<NamedParameter> parameters,
                                  GradientReducerOptions options)
-    : group_(group),
-      parameters_(std::move(parameters)),
+    : GradientSync(group, std::move(parameters)),
       options_(options),
       share_(leaf_share(options.num_leaves, group.rank(), group.size())),
       root_blocks_(maximal_aligned_blocks(share_)),
       launch_(std::make_unique<LaunchState>()) {
-  for (const auto& [name, tensor] : parameters_) {
-    LOCKSTEP_CHECK(tensor.is_contiguous() && tensor.scalar_type() == at::kFloat)
-        << "parameter " << name << " must be contiguous f32; precision is the step's business, not the parameter's";
-  }
-  check_parameters_agree();
+  LOCKSTEP_CHECK(options_.num_shards > 0 && group.size() % options_.num_shards == 0)
+      << group.size() << " ranks cannot form replicas of " << options_.num_shards << " shards";
+  if (options_.num_shards > 1 && num_replicas() > 1)
+    split_replicas_ = group.split(shard(), group.rank(), group.name() + ".replicate");
   build_buckets();
 }
 
 GradientReducer::~GradientReducer() = default;
 
-void GradientReducer::check_parameters_agree() {
-  std::ostringstream mine;
-  for (const auto& [name, tensor] : parameters_) mine << name << ' ' << tensor.sizes() << '\n';
-  const uint64_t hash = std::hash<std::string>{}(mine.str());
-  const std::string all = all_gather_bytes(group_, std::as_bytes(std::span(&hash, 1)));
-  for (int rank = 0; rank < group_.size(); ++rank) {
-    uint64_t theirs = 0;
-    std::memcpy(&theirs, all.data() + rank * sizeof(theirs), sizeof(theirs));
-    if (theirs != hash) {
-      throw ConfigError("rank " + std::to_string(rank) + " and rank " + std::to_string(group_.rank()) +
-                        " built different models: the names or shapes of their parameters differ. "
-                        "Mend: start every rank with the same program and flags.");
-    }
-  }
+std::vector<int64_t> GradientReducer::leaves() const {
+  std::vector<int64_t> leaves;
+  for (int64_t leaf = share_.begin; leaf < share_.end; ++leaf) leaves.push_back(leaf);
+  return leaves;
 }
 
+// Neighbours in reverse order of registration share a bucket up to the limit, each kind of parameter with its own; a
+// tied weight's uses have one each, cut alike, so that an element's owner has it of every use.
 void GradientReducer::build_buckets() {
-  slots_.resize(parameters_.size());
-  grads_.resize(parameters_.size());
+  std::vector<std::vector<size_t>> groups;
+  int64_t bytes = 0;
   for (size_t i = parameters_.size(); i-- > 0;) {
-    const int64_t numel = parameters_[i].tensor.numel();
-    const int64_t bytes = int64_t{sizeof(float)} * aligned(numel);
+    const auto more = static_cast<int64_t>(parameters_[i].tensor.nbytes());
     const int64_t limit =
-        buckets_.size() <= 1 ? std::min(options_.first_bucket_bytes, options_.bucket_bytes) : options_.bucket_bytes;
-    if (buckets_.empty() || buckets_.back()->numel * int64_t{sizeof(float)} + bytes > limit) {
-      buckets_.push_back(std::make_unique<Bucket>());
+        groups.size() <= 1 ? std::min(options_.first_bucket_bytes, options_.bucket_bytes) : options_.bucket_bytes;
+    if (groups.empty() || !may_share_bucket(groups.back().back(), i) || bytes + more > limit) {
+      groups.emplace_back();
+      bytes = 0;
     }
-    Bucket& bucket = *buckets_.back();
-    slots_[i] = std::make_unique<Slot>();
-    slots_[i]->bucket = buckets_.size() - 1;
-    slots_[i]->offset = bucket.numel;
-    slots_[i]->numel = numel;
-    bucket.parameters.push_back(i);
-    bucket.numel += aligned(numel);
+    groups.back().push_back(i);
+    bytes += more;
   }
-  const auto device = parameters_.empty() ? at::Device(at::kCPU) : parameters_[0].tensor.device();
-  const auto f32 = at::TensorOptions().dtype(at::kFloat).device(device);
-  // Alone, the first root becomes the gradient in place; otherwise roots travel and the sum gets a buffer of its own.
-  const bool root_is_grad = group_.size() == 1;
-  for (auto& bucket : buckets_) {
-    for (size_t r = 0; r < root_blocks_.size(); ++r) {
-      bucket->roots.push_back(at::full({bucket->numel}, kNothing, f32));
+  slots_.resize(parameters_.size());
+  for (auto& members : groups) {
+    for (size_t k = 0; k < members.size(); ++k) {
+      slots_[members[k]] = std::make_unique<Slot>();
+      slots_[members[k]]->bucket = buckets_.size();
+      slots_[members[k]]->in_bucket = k;
     }
-    bucket->grad = root_is_grad ? bucket->roots[0] : at::full({bucket->numel}, kNothing, f32);
-    for (size_t i : bucket->parameters) {
-      grads_[i] = bucket->grad.narrow(0, slots_[i]->offset, slots_[i]->numel).view(parameters_[i].tensor.sizes());
-    }
+    const auto shapes = shapes_of(members, parameters_);
+    buckets_.push_back(
+        std::make_unique<Bucket>(std::move(members), BucketLayout(shapes, options_.num_shards, num_replicas())));
+    allocate(*buckets_.back());
   }
 }
 
-int GradientReducer::attach_lane(const std::vector<at::Tensor>& parameters) {
-  LOCKSTEP_CHECK(parameters.size() == parameters_.size())
-      << "a lane's model has " << parameters.size() << " parameters, lane 0's has " << parameters_.size();
-  const int lane = static_cast<int>(lanes_.size());
-  lanes_.push_back(std::make_unique<Lane>());
-  lanes_.back()->arrived.resize(parameters.size());
-  for (size_t i = 0; i < parameters.size(); ++i) {
-    torch::autograd::impl::set_post_acc_grad_hooks(parameters[i], std::make_unique<GradientHook>(*this, lane, i));
+void GradientReducer::allocate(Bucket& bucket) {
+  const BucketLayout& layout = bucket.layout;
+  const auto options = parameters_[bucket.parameters[0]].tensor.options().requires_grad(false);
+  for (size_t r = 0; r < std::max<size_t>(1, root_blocks_.size()); ++r)
+    bucket.roots.push_back(at::full({layout.numel()}, kNothing, options));
+  // The sum takes the place of the first root, once that has travelled.
+  const at::Tensor home = bucket.roots[0];
+  if (root_blocks_.empty()) bucket.roots.clear();
+  const Piece own = layout.pieces()[group_.rank()];
+  bucket.piece = home.narrow(0, own.offset, own.numel);
+  bucket.shard = options_.num_shards == 1 ? home
+                 : num_replicas() == 1    ? bucket.piece
+                                          : at::full({layout.shard_numel(shard())}, kNothing, options);
+  for (size_t k = 0; k < bucket.parameters.size(); ++k) {
+    const size_t i = bucket.parameters[k];
+    if (parameters_[i].first_use < 0) grads_[i] = layout.view(bucket.shard, k, shard());
   }
-  return lane;
 }
 
 void GradientReducer::begin_step() {
@@ -173,44 +139,16 @@ void GradientReducer::begin_step() {
     bucket->reduction.reset();
     bucket->work = Work();
   }
-  for (auto& slot : slots_) {
-    slot->used = false;
-    slot->waiting.clear();  // of a step that was given up
-  }
+  for (auto& slot : slots_) slot->waiting.clear();  // of a step that was given up
 }
 
-void GradientReducer::begin_leaf(int lane, int64_t leaf) {
-  LOCKSTEP_CHECK(leaf >= share_.begin && leaf < share_.end)
-      << "leaf " << leaf << " is not in this rank's share [" << share_.begin << ", " << share_.end << ")";
-  lanes_[lane]->leaf = leaf;
-  lanes_[lane]->arrived.assign(parameters_.size(), false);
-}
-
-void GradientReducer::end_leaf(int lane) {
-  for (size_t i = parameters_.size(); i-- > 0;) {
-    if (!lanes_[lane]->arrived[i]) deliver(lane, i, at::Tensor());
-  }
-  lanes_[lane]->leaf = -1;
-}
-
-void GradientReducer::deliver(int lane_number, size_t parameter, at::Tensor grad) {
-  Lane& lane = *lanes_[lane_number];
+void GradientReducer::deliver(int64_t leaf, size_t parameter, at::Tensor grad) {
   Slot& slot = *slots_[parameter];
-  const std::string& name = parameters_[parameter].name;
-  LOCKSTEP_CHECK(lane.leaf >= 0) << "gradient of " << name << " arrived outside begin_leaf .. end_leaf";
-  LOCKSTEP_CHECK(!lane.arrived[parameter]) << name << " got two gradients in one backward";
-  lane.arrived[parameter] = true;
-  if (grad.defined()) {
-    LOCKSTEP_CHECK(grad.layout() == at::kStrided && grad.scalar_type() == at::kFloat)
-        << "gradient of " << name << " is " << grad.toString() << "; dense f32 is needed";
-    grad = grad.contiguous();
-    slot.used.store(true, std::memory_order_relaxed);
-  }
-  const LeafBlock root = root_of(lane.leaf, share_);
+  const LeafBlock root = root_of(leaf, share_);
   const size_t root_index = std::find(root_blocks_.begin(), root_blocks_.end(), root) - root_blocks_.begin();
 
   at::Tensor other;
-  LeafBlock block{lane.leaf, 1};
+  LeafBlock block{leaf, 1};
   std::unique_lock lock(slot.mutex);
   while (block != root) {
     const LeafBlock sibling{block.start ^ block.size, block.size};
@@ -235,13 +173,17 @@ void GradientReducer::deliver(int lane_number, size_t parameter, at::Tensor grad
 void GradientReducer::complete_root(size_t parameter, size_t root, const at::Tensor& left, const at::Tensor& right) {
   const Slot& slot = *slots_[parameter];
   Bucket& bucket = *buckets_[slot.bucket];
-  float* out = bucket.roots[root].mutable_data_ptr<float>() + slot.offset;
-  if (left.defined() && right.defined()) {
-    add_to(out, left.const_data_ptr<float>(), right.const_data_ptr<float>(), slot.numel);
-  } else if (left.defined() || right.defined()) {
-    std::memcpy(out, (left.defined() ? left : right).const_data_ptr<float>(), slot.numel * sizeof(float));
-  } else {
-    std::fill_n(out, slot.numel, kNothing);
+  const at::Tensor &one = left.defined() ? left : right, &two = left.defined() ? right : left;
+  float* out = bucket.roots[root].mutable_data_ptr<float>();
+  for (const auto& [in_parameter, in_bucket, numel] : bucket.layout.segments(slot.in_bucket)) {
+    if (two.defined()) {
+      add_to(out + in_bucket, one.const_data_ptr<float>() + in_parameter, two.const_data_ptr<float>() + in_parameter,
+             numel);
+    } else if (one.defined()) {
+      std::memcpy(out + in_bucket, one.const_data_ptr<float>() + in_parameter, numel * sizeof(float));
+    } else {
+      std::fill_n(out + in_bucket, numel, kNothing);
+    }
   }
   bucket.missing.fetch_sub(1, std::memory_order_acq_rel);
 }
@@ -261,80 +203,84 @@ void GradientReducer::launch_ready_buckets(size_t bucket_number) {
 
 void GradientReducer::reduce_bucket(Bucket& bucket) {
   if (options_.reduction == Reduction::kOrdered) {
-    bucket.reduction.emplace(group_, options_.num_leaves, bucket.roots, bucket.numel, bucket.grad.options(),
+    bucket.reduction.emplace(group_, options_.num_leaves, bucket.roots, bucket.layout.pieces(), bucket.piece.options(),
                              options_.timeout);
     return;
   }
-  float* sum = bucket.grad.mutable_data_ptr<float>();
-  if (bucket.roots.empty()) std::fill_n(sum, bucket.numel, kNothing);
-  for (size_t r = 0; r < bucket.roots.size(); ++r) {
-    const float* root = bucket.roots[r].const_data_ptr<float>();
-    if (r == 0) {
-      std::memcpy(sum, root, bucket.numel * sizeof(float));
-    } else {
-      add_into(sum, root, bucket.numel);
-    }
-  }
-  bucket.work = group_.all_reduce(bucket.grad, ReduceOp::kSum, options_.timeout);
+  at::Tensor sum =
+      bucket.roots.empty() ? at::full({bucket.layout.numel()}, kNothing, bucket.piece.options()) : bucket.roots[0];
+  for (size_t r = 1; r < bucket.roots.size(); ++r)
+    add_into(sum.mutable_data_ptr<float>(), bucket.roots[r].const_data_ptr<float>(), sum.numel());
+  bucket.fast_sum = sum;
+  bucket.work = group_.all_reduce(sum, ReduceOp::kSum, options_.timeout);
 }
 
-ExactSum GradientReducer::reduce() {
+void GradientReducer::fold() {
   if (share_.count() == 0) launch_ready_buckets(0);  // a rank without leaves still owns pieces
-  ExactSum squares;
   for (auto& bucket : buckets_) {
     LOCKSTEP_CHECK(bucket->missing == 0) << "the bucket of " << parameters_[bucket->parameters[0]].name << " misses "
                                          << bucket->missing << " gradients: not every leaf of the share was computed";
-    at::Tensor piece = bucket->grad;
     if (group_.size() == 1) {
       fold_roots(root_blocks_, bucket->roots);  // in place: roots[0] is the gradient
+    } else if (bucket->reduction) {
+      bucket->reduction->finish(bucket->piece);
+      bucket->reduction.reset();
     } else {
-      const Piece own = owned_piece(bucket->numel, group_.rank(), group_.size());
-      piece = bucket->grad.narrow(0, own.offset, own.numel);
-      if (bucket->reduction) {
-        bucket->reduction->finish(piece);
-        bucket->reduction.reset();
-      } else {
-        bucket->work.wait();
-      }
+      bucket->work.wait();
+      const Piece own = bucket->layout.pieces()[group_.rank()];
+      const at::Tensor sum = std::exchange(bucket->fast_sum, at::Tensor()).narrow(0, own.offset, own.numel);
+      if (sum.const_data_ptr() != bucket->piece.const_data_ptr()) bucket->piece.copy_(sum);
     }
-    squares.add_squares({piece.const_data_ptr<float>(), static_cast<size_t>(piece.numel())});
   }
-  if (group_.size() > 1 && options_.reduction == Reduction::kOrdered) gather_pieces();
   if (first_step_) check_all_used();
   first_step_ = false;
+}
+
+at::Tensor GradientReducer::piece_of(size_t i) const {
+  LOCKSTEP_CHECK(stands_alone(i)) << parameters_[i].name << " shares its bucket with others";
+  return buckets_[slots_[i]->bucket]->piece;
+}
+
+std::vector<at::Tensor> GradientReducer::pieces(Which which) const {
+  std::vector<at::Tensor> pieces;
+  for (const auto& bucket : buckets_) {
+    if (which == Which::kAll || parameters_[bucket->parameters[0]].is_partial) pieces.push_back(bucket->piece);
+  }
+  return pieces;
+}
+
+ExactSum GradientReducer::publish() {
+  for (size_t i = 0; i < parameters_.size(); ++i) {  // second uses join the first, in forward order
+    if (parameters_[i].first_use < 0) continue;
+    const at::Tensor first = piece_of(parameters_[i].first_use), second = piece_of(i);
+    add_into(first.mutable_data_ptr<float>(), second.const_data_ptr<float>(), first.numel());
+  }
+  ExactSum squares;
+  for (auto& bucket : buckets_) {
+    const NamedParameter& parameter = parameters_[bucket->parameters[0]];
+    if (parameter.first_use >= 0) continue;
+    const at::Tensor& piece = bucket->piece;
+    if (parameter.is_counted) squares.add_squares({piece.const_data_ptr<float>(), static_cast<size_t>(piece.numel())});
+    if (wants_gather(*bucket)) gather(*bucket);
+  }
   return squares;
 }
 
-void GradientReducer::gather_pieces() {
-  std::vector<int64_t> counts(group_.size());
-  for (auto& bucket : buckets_) {
-    for (int rank = 0; rank < group_.size(); ++rank) {
-      counts[rank] = owned_piece(bucket->numel, rank, group_.size()).numel;
-    }
-    const Piece own = owned_piece(bucket->numel, group_.rank(), group_.size());
-    at::Tensor piece = bucket->grad.narrow(0, own.offset, own.numel);
-    bucket->work = group_.all_gather_uneven(bucket->grad, piece, counts, options_.timeout);
-  }
+// After an all-reduce every rank has all of it already, but for what was added since.
+bool GradientReducer::wants_gather(const Bucket& bucket) const {
+  const bool has_all = options_.reduction == Reduction::kFast && options_.num_shards == 1;
+  return num_replicas() > 1 && !(has_all && !stands_alone(bucket.parameters[0]));
+}
+
+void GradientReducer::gather(Bucket& bucket) {
+  std::vector<int64_t> counts;
+  for (const Piece& piece : bucket.layout.pieces_of_shard(shard())) counts.push_back(piece.numel);
+  ProcessGroup& replicas = split_replicas_ ? *split_replicas_ : group_;
+  bucket.work = replicas.all_gather_uneven(bucket.shard, bucket.piece, counts, options_.timeout);
 }
 
 void GradientReducer::wait() {
   for (auto& bucket : buckets_) bucket->work.wait();
-}
-
-void GradientReducer::check_all_used() {
-  std::vector<std::byte> used(parameters_.size());
-  for (size_t i = 0; i < used.size(); ++i) used[i] = std::byte{slots_[i]->used.load()};
-  const std::string all = all_gather_bytes(group_, used);
-  std::string unused;
-  for (size_t i = 0; i < used.size(); ++i) {
-    bool anywhere = false;
-    for (int rank = 0; rank < group_.size(); ++rank) anywhere |= all[rank * used.size() + i] != 0;
-    if (!anywhere) unused += (unused.empty() ? "" : ", ") + parameters_[i].name;
-  }
-  if (!unused.empty()) {
-    throw ConfigError("no micro-batch of the first step gave a gradient to: " + unused +
-                      ". Mend: use them in the loss, or freeze them with requires_grad_(false).");
-  }
 }
 
 }  // namespace lockstep

@@ -110,6 +110,16 @@ TEST_P(OrderedAllReduceTest, KeepsNegativeZeroAndCarriesWhatIsNotFinite) {
   });
 }
 
+// Each rank owns half of what the ranks before it left: sizes of every kind, the last rank the odd rest.
+std::vector<Piece> halving_pieces(int64_t numel, int size) {
+  std::vector<Piece> pieces;
+  for (int64_t offset = 0; pieces.size() < static_cast<size_t>(size); offset += pieces.back().numel) {
+    const bool last = pieces.size() + 1 == static_cast<size_t>(size);
+    pieces.push_back({offset, last ? numel - offset : (numel - offset) / 2});
+  }
+  return pieces;
+}
+
 TEST_P(OrderedAllReduceTest, ReducesSeveralBucketsAtOnceToTheirOwnersAndLeavesTheRootsAlone) {
   run_ranks(GetParam(), [](ProcessGroup& group) {
     const int64_t n = 11, sizes[] = {7, 100, 1000};
@@ -123,11 +133,11 @@ TEST_P(OrderedAllReduceTest, ReducesSeveralBucketsAtOnceToTheirOwnersAndLeavesTh
             vector_of(numel, [&](int64_t i) { return canonical_sum(rough, i + numel, block.start, block.size); }));
       }
       sent.push_back(roots);
-      reductions.emplace_back(group, n, roots, numel, at::TensorOptions(at::kFloat));
+      reductions.emplace_back(group, n, roots, halving_pieces(numel, group.size()), at::TensorOptions(at::kFloat));
     }
     for (size_t bucket = reductions.size(); bucket-- > 0;) {
       const int64_t numel = sizes[bucket];
-      const Piece own = owned_piece(numel, group.rank(), group.size());
+      const Piece own = halving_pieces(numel, group.size())[group.rank()];
       const at::Tensor piece = at::full({own.numel}, 3, at::kFloat);
       while (!reductions[bucket].poll()) {
       }
@@ -152,8 +162,9 @@ TEST_P(OrderedAllReduceTest, RefusesLeavesThatAreNoShare) {
     std::vector<at::Tensor> one_too_many(leaf_share(9, group.rank(), group.size()).count() + 1,
                                          at::full({4}, 1, at::kFloat));
     EXPECT_THROW(ordered_all_reduce(group, 9, one_too_many, 4, f32), CheckFailed);
-    EXPECT_THROW(OrderedReduction(group, 1024, one_too_many, 4, f32), CheckFailed);
-    EXPECT_THROW(OrderedReduction(group, 0, {}, 4, f32), CheckFailed) << "the sum of nothing";
+    EXPECT_THROW(OrderedReduction(group, 1024, one_too_many, even_pieces(4, group.size()), f32), CheckFailed);
+    EXPECT_THROW(OrderedReduction(group, 0, {}, even_pieces(4, group.size()), f32), CheckFailed)
+        << "the sum of nothing";
   });
 }
 

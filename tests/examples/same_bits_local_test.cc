@@ -40,12 +40,9 @@ float noise(int64_t sample, int64_t place) {
 class GptTask : public Task {
  public:
   std::string name() const override { return "gpt"; }
-  std::shared_ptr<torch::nn::Module> make_model() override {
-    return std::make_shared<gpt::Model>(gpt::resolve(
-        {.layers = 2, .width = 48, .heads = 3, .vocab_size = 61, .sequence_length = kLength, .dropout = 0.1}));
-  }
-  void initialize(torch::nn::Module& model, uint64_t seed) override {
-    dynamic_cast<gpt::Model&>(model).initialize(seed);
+  std::shared_ptr<torch::nn::Module> make_model() override { return std::make_shared<gpt::Model>(config()); }
+  void initialize(const std::string& name, const at::Tensor& parameter, uint64_t seed) override {
+    gpt::initialize(config(), name, parameter, seed);
   }
   std::shared_ptr<const data::Dataset> training_data() override {
     return std::make_shared<MadeUp>([](std::span<const int64_t> indices) {
@@ -60,12 +57,13 @@ class GptTask : public Task {
     });
   }
   int64_t count(const data::Batch& batch) override { return batch.valid_samples * kLength; }
-  LossSum loss(torch::nn::Module& model, const data::Batch& batch) override {
-    return {dynamic_cast<gpt::Model&>(model).loss_sum(batch.tensors[0], batch.tensors[1]), {}};
-  }
 
  private:
   static constexpr int64_t kLength = 24;
+  static gpt::Config config() {
+    return gpt::resolve(
+        {.layers = 2, .width = 48, .heads = 3, .vocab_size = 61, .sequence_length = kLength, .dropout = 0.1});
+  }
 };
 
 class VitTask : public Task {
@@ -74,7 +72,9 @@ class VitTask : public Task {
   std::shared_ptr<torch::nn::Module> make_model() override {
     return image::make_classifier({.family = "vit", .model_width = 48, .layers = 2, .heads = 3});
   }
-  void initialize(torch::nn::Module& model, uint64_t seed) override { image::initialize(model, seed); }
+  void initialize(const std::string& name, const at::Tensor& parameter, uint64_t seed) override {
+    image::initialize(name, parameter, seed);
+  }
   std::shared_ptr<const data::Dataset> training_data() override {
     return std::make_shared<MadeUp>([](std::span<const int64_t> indices) {
       const auto samples = static_cast<int64_t>(indices.size());

@@ -111,20 +111,17 @@ class Gpt(torch.nn.Module):
         self.c = c
         self.embedding = torch.nn.Embedding(c["vocab_size"], c["width"])
         if c["model"] == "gpt2":
-            self.positions = torch.nn.Embedding(c["sequence_length"], c["width"])
-            self.norm = torch.nn.LayerNorm(c["width"])
-        else:
-            self.norm = torch.nn.RMSNorm(c["width"], eps=1e-5)
+            self.embedding.positions = torch.nn.Parameter(torch.zeros(c["sequence_length"], c["width"]))
         for i in range(c["layers"]):
             setattr(self, f"block{i}", Block(c))
-        if not c["tied_head"]:
-            self.head = torch.nn.Linear(c["width"], c["vocab_size"], bias=False)
+        self.head = torch.nn.Module() if c["tied_head"] else torch.nn.Linear(c["width"], c["vocab_size"], bias=False)
+        self.head.norm = torch.nn.LayerNorm(c["width"]) if c["model"] == "gpt2" else torch.nn.RMSNorm(c["width"], eps=1e-5)
 
     def forward(self, tokens, targets):
         """Sum of the cross-entropies."""
         x, angles = self.embedding(tokens), None
         if self.c["model"] == "gpt2":
-            x = x + self.positions.weight[: tokens.shape[1]]
+            x = x + self.embedding.positions[: tokens.shape[1]]
         else:
             dim = self.c["width"] // self.c["heads"]
             frequencies = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
@@ -133,7 +130,7 @@ class Gpt(torch.nn.Module):
         for i in range(self.c["layers"]):
             x = getattr(self, f"block{i}")(x, angles)
         weight = self.embedding.weight if self.c["tied_head"] else self.head.weight
-        logits = F.linear(self.norm(x), weight)
+        logits = F.linear(self.head.norm(x), weight)
         return F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets.reshape(-1), reduction="sum")
 
 

@@ -16,17 +16,16 @@ class TrainingLoader::Impl {
  public:
   Impl(std::shared_ptr<const Dataset> dataset, LoaderOptions options)
       : dataset_(std::move(dataset)),
-        options_(checked(options)),
+        options_(checked(std::move(options))),
         order_(dataset_->size(), options.seed),
         step_(options.first_step),
         thread_([this] { fill(); }) {}
 
   static LoaderOptions checked(LoaderOptions options) {
-    LOCKSTEP_CHECK(options.micro_batch_size > 0 && options.prefetch_steps > 0 && options.first_step >= 0 &&
-                   0 <= options.leaf_begin && options.leaf_begin <= options.leaf_end &&
-                   options.leaf_end <= options.num_leaves)
-        << "leaves " << options.leaf_begin << " to " << options.leaf_end << " of " << options.num_leaves << ", "
-        << options.micro_batch_size << " samples each, " << options.prefetch_steps << " steps ahead";
+    LOCKSTEP_CHECK(options.micro_batch_size > 0 && options.prefetch_steps > 0 && options.first_step >= 0)
+        << options.micro_batch_size << " samples a micro-batch, " << options.prefetch_steps << " steps ahead";
+    for (const int64_t leaf : options.leaves)
+      LOCKSTEP_CHECK(leaf >= 0 && leaf < options.num_leaves) << "leaf " << leaf << " of " << options.num_leaves;
     return options;
   }
 
@@ -74,7 +73,7 @@ class TrainingLoader::Impl {
   std::vector<Batch> make_step(int64_t step) const {
     std::vector<Batch> batches;
     std::vector<int64_t> indices(options_.micro_batch_size);
-    for (int64_t leaf = options_.leaf_begin; leaf < options_.leaf_end; ++leaf) {
+    for (const int64_t leaf : options_.leaves) {
       const int64_t first = (step * options_.num_leaves + leaf) * options_.micro_batch_size;
       for (int64_t i = 0; i < options_.micro_batch_size; ++i) indices[i] = order_.sample_at(first + i);
       batches.push_back(dataset_->get(indices));
@@ -98,7 +97,7 @@ class TrainingLoader::Impl {
 };
 
 TrainingLoader::TrainingLoader(std::shared_ptr<const Dataset> dataset, LoaderOptions options)
-    : impl_(std::make_unique<Impl>(std::move(dataset), options)) {}
+    : impl_(std::make_unique<Impl>(std::move(dataset), std::move(options))) {}
 TrainingLoader::~TrainingLoader() = default;
 std::vector<Batch> TrainingLoader::next() { return impl_->next(); }
 

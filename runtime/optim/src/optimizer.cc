@@ -46,6 +46,8 @@ class FlatOptimizer : public Optimizer {
     }
   }
 
+  std::vector<std::string> kinds() const override { return kinds_; }
+
   std::vector<StateTensor> state() override {
     std::vector<StateTensor> all;
     for (size_t i = 0; i < parameters_.size(); ++i) {

@@ -22,6 +22,11 @@ DEFINE_int64(global_batch_size, 32, "samples an update, over all ranks");
 DEFINE_int64(micro_batch_size, 0,
              "samples a forward and backward; 0: an eighth of the global batch. Part of the arithmetic");
 DEFINE_int32(data_parallel_size, 0, "replicas; 0: all ranks");
+DEFINE_int32(
+    zero_stage, 0,
+    "sharded over data-parallel ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters. Does "
+    "not change bits");
+DEFINE_int32(zero_shard_size, 0, "ranks a replica is sharded over, neighbours; 0: all data-parallel ranks");
 DEFINE_int64(bucket_bytes, 25 << 20, "gradients sent together, in bytes; does not change bits");
 DEFINE_string(precision, "fp32", "fp32 | bf16 (autocast; parameters and sums stay fp32)");
 DEFINE_string(reduction, "ordered", "ordered (same bits on any number of ranks) | fast (the back end's own order)");
@@ -76,6 +81,8 @@ Options options_from_flags() {
   options.global_batch_size = FLAGS_global_batch_size;
   options.micro_batch_size = FLAGS_micro_batch_size;
   options.mesh.data = FLAGS_data_parallel_size;
+  options.zero_stage = FLAGS_zero_stage;
+  options.zero_shard_size = FLAGS_zero_shard_size;
   options.bucket_bytes = FLAGS_bucket_bytes;
   options.precision = FLAGS_precision;
   options.reduction = FLAGS_reduction;

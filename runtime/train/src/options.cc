@@ -14,6 +14,20 @@ void require(bool ok, const std::string& message) {
 
 std::string num(int64_t value) { return std::to_string(value); }
 
+void resolve_sharding(Options& options) {
+  require(options.zero_stage >= 0 && options.zero_stage <= 3,
+          "--zero_stage=" + num(options.zero_stage) + " is none of 0 1 2 3");
+  require(options.zero_shard_size == 0 || options.zero_stage > 0,
+          "--zero_shard_size=" + num(options.zero_shard_size) + " with --zero_stage=0: nothing is sharded");
+  if (options.zero_stage > 0 && options.zero_shard_size == 0) options.zero_shard_size = options.mesh.data;
+  require(options.zero_stage == 0 || options.mesh.data % options.zero_shard_size == 0,
+          "--zero_shard_size=" + num(options.zero_shard_size) + " does not divide data-parallel size " +
+              num(options.mesh.data));
+  require(options.zero_stage < 2 || options.reduction == "ordered",
+          "--reduction=" + options.reduction + " with --zero_stage=" + num(options.zero_stage) +
+              ": gradients are sharded in the ordered form only");
+}
+
 }  // namespace
 
 Options resolve(Options options, int world_size) {
@@ -43,6 +57,7 @@ Options resolve(Options options, int world_size) {
               num(options.micro_batch_size) + ", too few for data-parallel size " + num(options.mesh.data) +
               ". Mend: set --global_batch_size=" + num(options.mesh.data * options.micro_batch_size) +
               " or a smaller --micro_batch_size");
+  resolve_sharding(options);
   options.schedule.total_steps = options.steps;
   optim::learning_rate_at(options.schedule, 0);  // throws on what it does not know
   return options;

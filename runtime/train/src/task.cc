@@ -1,6 +1,14 @@
+#include <lockstep/base/error.h>
+#include <lockstep/sharding/layer_stack.h>
 #include <lockstep/train/task.h>
 
 namespace lockstep::train {
+
+LossSum Task::loss(torch::nn::Module& model, const data::Batch& batch) {
+  auto* stack = dynamic_cast<LayerStack*>(&model);
+  LOCKSTEP_CHECK(stack) << "task " << name() << " has a model that is no LayerStack, so it must say what its loss is";
+  return {stack->forward(batch.valid_tensors()), {}};
+}
 
 bool Task::decays(const std::string&, const at::Tensor& parameter) { return parameter.dim() >= 2; }
 

@@ -1,11 +1,9 @@
-#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <limits>
 
 #include <unistd.h>
 
-#include <ATen/ops/full.h>
 #include <nlohmann/json.hpp>
 #include <torch/torch.h>
 #include <torch/version.h>
@@ -17,15 +15,14 @@
 #include <lockstep/data/loader.h>
 #include <lockstep/metrics/run_log.h>
 #include <lockstep/nn/cpu_allocator.h>
-#include <lockstep/nn/dropout.h>
-#include <lockstep/nn/precision.h>
-#include <lockstep/sharding/gradient_reducer.h>
 #include <lockstep/train/trainer.h>
 
 #include "heartbeat.h"
 #include "lanes.h"
+#include "parallel_model.h"
 #include "run_directory.h"
 #include "step_exchange.h"
+#include "whole_model.h"
 
 namespace lockstep::train {
 namespace {
@@ -43,28 +40,6 @@ int64_t resident_bytes() {
     std::fclose(file);
   }
   return static_cast<int64_t>(resident) * sysconf(_SC_PAGESIZE);
-}
-
-void share_storage(const std::vector<at::Tensor>& from, const std::vector<at::Tensor>& to) {
-  for (size_t i = 0; i < to.size(); ++i) to[i].set_data(from[i].detach());
-}
-
-// How often each of a model's buffers was written so far.
-std::vector<uint32_t> buffer_versions(const torch::nn::Module& model) {
-  std::vector<uint32_t> versions;
-  for (const at::Tensor& buffer : model.buffers()) versions.push_back(buffer._version());
-  return versions;
-}
-
-// What forward writes depends on which micro-batches ran here, and in which order: on the layout.
-void refuse_written_buffers(const torch::nn::Module& model, const std::vector<uint32_t>& versions_before) {
-  const auto buffers = model.named_buffers();
-  for (size_t i = 0; i < buffers.size(); ++i) {
-    if (buffers[i].value()._version() == versions_before[i]) continue;
-    throw ConfigError("the model's forward writes its buffer " + buffers[i].key() +
-                      ", so its value would depend on the number of ranks. Mend: GroupNorm or LayerNorm instead of "
-                      "BatchNorm; keep other such state in the task");
-  }
 }
 
 // What rank 0 writes while the run goes on.
@@ -87,8 +62,8 @@ class Trainer {
         task_(task),
         fs_(fs),
         mesh_(world, options_.mesh),
-        lanes_(num_lanes(), [threads = options_.threads_per_rank] { configure_arithmetic(threads); }) {
-    build_model();
+        lanes_(num_lanes(), [threads = options_.threads_per_rank] { configure_arithmetic(threads); }),
+        model_(mesh_, device, task, options_, lanes_) {
     build_data();
     open_run();
   }
@@ -98,17 +73,13 @@ class Trainer {
  private:
   // Set-up, in this order: what can fail for a person's reasons comes before anything is written.
   int num_lanes();
-  void build_model();
   void build_data();
   void open_run();
   void resume();
-  std::vector<checkpoint::StateTensor> state();
 
   // The step, top to bottom.
   void step();
-  void compute_leaf(int lane, int64_t leaf, const data::Batch& batch, size_t slot);
   void skip_step(const StepReport& report, double loss);
-  void update(double grad_norm, double learning_rate);
   void report_step(double loss, double grad_norm, double learning_rate, double accuracy, double step_s);
   int64_t prefetch();
 
@@ -116,7 +87,7 @@ class Trainer {
   void save();
   void stop_if_asked(bool asked);
   void sign_off();
-  data::Batch on_device(const data::Batch& batch) const;
+  void show_result();
   bool is_chief() const { return world_.rank() == 0; }
 
   Options options_;
@@ -127,10 +98,7 @@ class Trainer {
   Mesh mesh_;
   LanePool lanes_;
 
-  std::vector<std::shared_ptr<torch::nn::Module>> models_;  // by lane; parameters share lane 0's storage
-  std::vector<NamedParameter> parameters_;
-  std::unique_ptr<GradientReducer> reducer_;
-  std::unique_ptr<optim::Optimizer> optimizer_;
+  ParallelModel model_;
   std::shared_ptr<const data::Dataset> training_, validation_;
   std::unique_ptr<data::TrainingLoader> loader_;
   std::unique_ptr<checkpoint::Store> store_;
@@ -141,7 +109,6 @@ class Trainer {
   uint64_t epoch_ = 0;  // fencing: of this start
 
   std::vector<data::Batch> batches_, next_batches_;
-  std::vector<LossSum> leaf_losses_;
   int64_t step_ = 0;        // updates finished
   int64_t step_count_ = 0;  // what the coming step counts for, over all ranks
   int64_t saved_step_ = -1;
@@ -152,47 +119,11 @@ class Trainer {
 int Trainer::num_lanes() {
   if (!device_.is_cpu()) throw ConfigError("the step's kernels are for CPUs so far. Mend: --device=cpu");
   nn::install_cpu_allocator();
+  if (options_.zero_stage >= 2 || options_.mesh.pipeline > 1) return 1;  // their collectives need one order
   const int64_t share = leaf_share(options_.num_leaves(), mesh_.data().rank(), mesh_.data().size()).count();
   const int wanted = options_.parallel_micro_batches > 0 ? options_.parallel_micro_batches
                                                          : spare_lanes(world_, options_.threads_per_rank);
   return static_cast<int>(std::min<int64_t>(wanted, share));
-}
-
-void Trainer::build_model() {
-  for (int lane = 0; lane < lanes_.size(); ++lane) {
-    models_.push_back(task_.make_model());
-    if (lane == 0) {
-      models_[0]->to(device_);
-    } else {
-      share_storage(models_[0]->parameters(), models_[lane]->parameters());
-      share_storage(models_[0]->buffers(), models_[lane]->buffers());
-    }
-  }
-  for (const auto& item : models_[0]->named_parameters()) {
-    if (item.value().requires_grad()) parameters_.push_back({item.key(), item.value()});
-  }
-  if (parameters_.empty())
-    throw ConfigError("the model of task " + task_.name() + " has no parameter that requires a gradient");
-  reducer_ = std::make_unique<GradientReducer>(
-      mesh_.data(), parameters_,
-      GradientReducerOptions{.num_leaves = options_.num_leaves(),
-                             .bucket_bytes = options_.bucket_bytes,
-                             .reduction = options_.reduction == "fast" ? Reduction::kFast : Reduction::kOrdered,
-                             .timeout = options_.runtime.collective_timeout});
-  for (auto& model : models_) {
-    std::vector<at::Tensor> tensors;
-    for (const auto& tensor : model->parameters()) {
-      if (tensor.requires_grad()) tensors.push_back(tensor);
-    }
-    reducer_->attach_lane(tensors);
-  }
-  optimizer_ = task_.make_optimizer(options_.weight_decay);
-  std::vector<optim::LocalParameter> locals;
-  for (size_t i = 0; i < parameters_.size(); ++i) {
-    const auto& [name, tensor] = parameters_[i];
-    locals.push_back({name, tensor.detach(), reducer_->grad(i), task_.decays(name, tensor)});
-  }
-  optimizer_->attach(std::move(locals));
 }
 
 void Trainer::build_data() {
@@ -222,8 +153,7 @@ void Trainer::open_run() {
                                                    data::LoaderOptions{.seed = options_.seed,
                                                                        .micro_batch_size = options_.micro_batch_size,
                                                                        .num_leaves = options_.num_leaves(),
-                                                                       .leaf_begin = reducer_->share().begin,
-                                                                       .leaf_end = reducer_->share().end,
+                                                                       .leaves = model_.leaves(),
                                                                        .first_step = step_,
                                                                        .pin_memory = device_.is_cuda()});
   if (!is_chief()) return;
@@ -243,38 +173,23 @@ void Trainer::open_run() {
                                    {"training_data", training_->fingerprint()}};
   write_run_record(fs_, options_.run_dir, record.dump(2));
   ledger_->append(result_.resumed_from < 0 ? "start" : "resume", record.dump());
-  int64_t numel = 0;
-  for (const auto& parameter : parameters_) numel += parameter.tensor.numel();
-  LOG(INFO) << task_.name() << ": " << numel << " parameters, " << mesh_.describe() << ", " << options_.num_leaves()
-            << " micro-batches of " << options_.micro_batch_size << " a step, " << lanes_.size()
-            << " at once on this rank, " << options_.precision << ", run directory " << options_.run_dir;
-}
-
-std::vector<checkpoint::StateTensor> Trainer::state() {
-  const auto entry = [&](const std::string& section, const std::string& name, const at::Tensor& tensor) {
-    return checkpoint::StateTensor{section,
-                                   ShardLayout::replicated(name, tensor.sizes().vec(),
-                                                           checkpoint::dtype_name(tensor.scalar_type()), world_.size()),
-                                   tensor};
-  };
-  std::vector<checkpoint::StateTensor> state;
-  for (const auto& item : models_[0]->named_parameters())
-    state.push_back(entry("weights", item.key(), item.value().detach()));
-  for (const auto& item : models_[0]->named_buffers()) state.push_back(entry("buffers", item.key(), item.value()));
-  for (const auto& part : optimizer_->state()) state.push_back(entry(part.kind, part.parameter, part.tensor));
-  return state;
+  LOG(INFO) << task_.name() << ": " << model_.num_parameters() << " parameters, " << mesh_.describe() << ", "
+            << options_.num_leaves() << " micro-batches of " << options_.micro_batch_size << " a step, "
+            << lanes_.size() << " at once on this rank, " << options_.precision << ", run directory "
+            << options_.run_dir;
 }
 
 void Trainer::resume() {
   std::optional<checkpoint::Progress> progress;
   if (options_.resume == "auto") {
-    progress = store_->load_newest(state());
+    progress = store_->load_newest(model_.state());
   } else if (options_.resume != "never") {
-    progress = store_->load(options_.resume, state());
+    progress = store_->load(options_.resume, model_.state());
   }
   if (!progress) {
-    task_.initialize(*models_[0], options_.seed);
-    if (!options_.init_from.empty()) store_->load(options_.init_from, state(), /*weights_only=*/true);
+    model_.initialize(options_.seed);
+    if (!options_.init_from.empty()) store_->load(options_.init_from, model_.state(), /*weights_only=*/true);
+    model_.loaded();
     return;
   }
   const std::string difference = config_difference(progress->config_json, config_, options_.accept_config_change);
@@ -288,6 +203,7 @@ void Trainer::resume() {
                       progress->data_fingerprint + " then, " + training_->fingerprint() +
                       " now). Mend: restore --train_data, or name another --run_dir");
   }
+  model_.loaded();
   step_ = saved_step_ = result_.resumed_from = progress->step;
 }
 
@@ -302,7 +218,7 @@ Result Trainer::run() {
   const auto start = Clock::now();
   StepReport first;
   first.count = prefetch();
-  step_count_ = exchange(mesh_.data(), first).count;
+  step_count_ = exchange(world_, first).count;
   while (step_ < options_.steps) {
     step();
     const bool last = step_ == options_.steps;
@@ -319,35 +235,28 @@ Result Trainer::run() {
     LOG(INFO) << "done: " << step_ << " steps in " << result_.train_seconds << " s, loss " << result_.loss
               << (validation_ ? ", validation loss " + std::to_string(result_.validation_loss) : "");
     sign_off();
-    models_[0]->eval();
-    task_.finished(*models_[0]);
+    show_result();
   }
   return result_;
+}
+
+// The whole model, on rank 0: as it is here, or out of the last checkpoint where it is cut over ranks.
+void Trainer::show_result() {
+  if (!task_.wants_finished_model()) return;
+  std::shared_ptr<torch::nn::Module> model = model_.whole();
+  if (!model) model = load_whole_model(fs_, task_, options_.run_dir);
+  model->eval();
+  task_.finished(*model);
 }
 
 void Trainer::step() {
   const auto start = Clock::now();
   batches_ = std::move(next_batches_);
-  leaf_losses_.assign(batches_.size(), {});
-  nn::begin_step();
-  reducer_->begin_step();
-  std::atomic<size_t> next{0};
-  lanes_.run([&](int lane) {
-    for (size_t i = next++; i < batches_.size(); i = next++)
-      compute_leaf(lane, reducer_->share().begin + static_cast<int64_t>(i), batches_[i], i);
-  });
-
-  StepReport report;
-  report.squares = reducer_->reduce();
-  for (const LossSum& leaf : leaf_losses_) {
-    report.loss.add(leaf.sum.item<float>());
-    report.has_correct |= leaf.correct.defined();
-    if (leaf.correct.defined()) report.correct.add(leaf.correct.item<double>());
-  }
+  StepReport report = model_.compute(step_, step_count_, batches_);
   report.stop = stop_requested();
   const double divisor = static_cast<double>(step_count_);
   report.count = prefetch();
-  report = exchange(mesh_.data(), report);
+  report = exchange(world_, report);
 
   const double loss = report.loss.value() / divisor;
   if (report.squares.has_non_finite() || report.loss.has_non_finite()) {
@@ -356,7 +265,9 @@ void Trainer::step() {
     skipped_in_a_row_ = 0;
     const double grad_norm = std::sqrt(report.squares.value());
     const double learning_rate = optim::learning_rate_at(options_.schedule, step_);
-    update(grad_norm, learning_rate);
+    model_.update({.learning_rate = learning_rate,
+                   .grad_scale = optim::clip_coefficient(grad_norm, options_.clip_norm),
+                   .step = step_ + 1});
     ++step_;
     result_.loss = loss;
     if (is_chief())
@@ -367,48 +278,13 @@ void Trainer::step() {
   stop_if_asked(report.stop != 0);
 }
 
-void Trainer::compute_leaf(int lane, int64_t leaf, const data::Batch& host_batch, size_t slot) {
-  auto& model = *models_[lane];
-  const nn::StepScope randomness({options_.seed, static_cast<uint64_t>(step_), static_cast<uint64_t>(leaf)});
-  const nn::WeightCacheScope share_casts;
-  const data::Batch batch = on_device(host_batch);
-  model.train();
-  reducer_->begin_leaf(lane, leaf);
-  const bool first_step = step_ == result_.steps;
-  const auto versions = first_step ? buffer_versions(model) : std::vector<uint32_t>();
-  LossSum loss;
-  {
-    const nn::AutocastGuard autocast(device_.type(), options_.precision == "bf16");
-    loss = task_.loss(model, batch);
-  }
-  if (first_step) refuse_written_buffers(model, versions);
-  // The loss is a sum; its gradient carries the divisor, the same on every rank.
-  const auto weight =
-      at::full({}, static_cast<float>(1.0 / static_cast<double>(step_count_)), loss.sum.options().requires_grad(false));
-  torch::autograd::backward({loss.sum}, {weight});
-  reducer_->end_leaf(lane);
-  leaf_losses_[slot] = {loss.sum.detach(), loss.correct.defined() ? loss.correct.detach() : at::Tensor()};
-}
-
-void Trainer::update(double grad_norm, double learning_rate) {
-  reducer_->wait();
-  const optim::StepScalars scalars{.learning_rate = learning_rate,
-                                   .grad_scale = optim::clip_coefficient(grad_norm, options_.clip_norm),
-                                   .step = step_ + 1};
-  lanes_.run([&](int lane) { optimizer_->step(scalars, lane, lanes_.size()); });
-}
-
 // Every rank sees the same flag, so every rank skips. The data moves on; the update does not.
 void Trainer::skip_step(const StepReport& report, double loss) {
-  reducer_->wait();
+  model_.drop_gradients();
   if (++skipped_in_a_row_ > kMaxSkippedInARow) {
-    std::string culprit = "the loss";
-    for (size_t i = 0; i < parameters_.size() && report.squares.has_non_finite(); ++i) {
-      if (!reducer_->grad(i).isfinite().all().item<bool>()) {
-        culprit = "the gradient of " + parameters_[i].name;
-        break;
-      }
-    }
+    std::string culprit = report.squares.has_non_finite() ? model_.name_of_non_finite_gradient() : "";
+    culprit = report.squares.has_non_finite() ? "the gradient of " + (culprit.empty() ? "another rank" : culprit)
+                                              : "the loss";
     throw ConfigError(culprit + " was not finite in " + std::to_string(skipped_in_a_row_) + " steps running, at step " +
                       std::to_string(step_) + " (loss " + std::to_string(loss) +
                       "). Mend: lower --learning_rate, or look at the data of this step");
@@ -449,28 +325,8 @@ void Trainer::report_step(double loss, double grad_norm, double learning_rate, d
 void Trainer::evaluate() {
   if (!validation_) return;
   const data::EvaluationPass pass(validation_, options_.micro_batch_size, options_.eval_samples);
-  std::vector<StepReport> reports(lanes_.size());
-  std::atomic<int64_t> next{mesh_.data().rank()};
-  nn::begin_step();
-  lanes_.run([&](int lane) {
-    const torch::NoGradGuard no_grad;
-    const nn::WeightCacheScope share_casts;
-    const nn::AutocastGuard autocast(device_.type(), options_.precision == "bf16");
-    auto& model = *models_[lane];
-    model.eval();
-    for (int64_t i = next.fetch_add(mesh_.data().size()); i < pass.num_micro_batches();
-         i = next.fetch_add(mesh_.data().size())) {
-      const data::Batch batch = on_device(pass.get(i));
-      const LossSum loss = task_.loss(model, batch);
-      reports[lane].loss.add(loss.sum.item<float>());
-      reports[lane].count += task_.count(batch);
-      reports[lane].has_correct |= loss.correct.defined();
-      if (loss.correct.defined()) reports[lane].correct.add(loss.correct.item<double>());
-    }
-  });
-  StepReport report;
-  for (const StepReport& part : reports) report.merge(part);
-  report = exchange(mesh_.data(), report);
+  const StepReport report =
+      exchange(world_, model_.evaluate(pass.num_micro_batches(), [&](int64_t number) { return pass.get(number); }));
   const double count = static_cast<double>(report.count);
   result_.validation_loss = report.loss.value() / count;
   if (report.has_correct) result_.validation_accuracy = report.correct.value() / count;
@@ -497,7 +353,7 @@ void Trainer::save() {
                                             {"arithmetic", arithmetic_record(options_.threads_per_rank)}}
                          .dump(),
       .data_fingerprint = training_->fingerprint()};
-  const bool durable = store_->save(progress, state());
+  const bool durable = store_->save(progress, model_.state());
   if (durable) saved_step_ = step_;
   if (!is_chief()) return;
   watch_->metrics.flush();
@@ -526,13 +382,6 @@ void Trainer::stop_if_asked(bool asked) {
 void Trainer::sign_off() {
   heartbeat_.reset();
   checkpoint::release_epoch(fs_, options_.run_dir, epoch_);
-}
-
-data::Batch Trainer::on_device(const data::Batch& batch) const {
-  if (device_.is_cpu()) return batch;
-  data::Batch moved{{}, batch.valid_samples};
-  for (const auto& tensor : batch.tensors) moved.tensors.push_back(tensor.to(device_, /*non_blocking=*/true));
-  return moved;
 }
 
 }  // namespace

@@ -46,13 +46,14 @@ constexpr int64_t kLeaves = 12, kMicroBatch = 3, kSteps = 9, kSize = 101;  // th
 // The ids of steps [first, last), in leaf order, as `world_size` ranks see them; shares need not be even.
 std::vector<int64_t> ids_seen(int world_size, int64_t first, int64_t last, int64_t prefetch) {
   std::vector<std::unique_ptr<TrainingLoader>> ranks;
-  for (int rank = 0; rank < world_size; ++rank) {
+  for (int64_t rank = 0; rank < world_size; ++rank) {
+    std::vector<int64_t> leaves((rank + 1) * kLeaves / world_size - rank * kLeaves / world_size);
+    std::iota(leaves.begin(), leaves.end(), rank * kLeaves / world_size);
     ranks.push_back(std::make_unique<TrainingLoader>(std::make_shared<Indices>(kSize),
                                                      LoaderOptions{.seed = 5,
                                                                    .micro_batch_size = kMicroBatch,
                                                                    .num_leaves = kLeaves,
-                                                                   .leaf_begin = rank * kLeaves / world_size,
-                                                                   .leaf_end = (rank + 1) * kLeaves / world_size,
+                                                                   .leaves = leaves,
                                                                    .first_step = first,
                                                                    .prefetch_steps = prefetch}));
   }
@@ -129,7 +130,7 @@ TEST(LoaderTest, ImpossibleOptionsAreRefused) {
   const auto make = [](LoaderOptions options) { TrainingLoader loader(std::make_shared<Indices>(5), options); };
   EXPECT_THROW(make({.prefetch_steps = 0}), CheckFailed) << "would wait for ever";
   EXPECT_THROW(make({.micro_batch_size = 0}), CheckFailed);
-  EXPECT_THROW(make({.num_leaves = 2, .leaf_begin = 1, .leaf_end = 3}), CheckFailed);
+  EXPECT_THROW(make({.num_leaves = 2, .leaves = {1, 2}}), CheckFailed);
   const EvaluationPass pass(std::make_shared<Indices>(5), 2, 3);
   EXPECT_EQ(pass.num_micro_batches(), 2);
   EXPECT_EQ(pass.get(1).valid_samples, 1);

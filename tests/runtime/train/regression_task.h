@@ -58,8 +58,8 @@ class RegressionTask : public Task {
     model->push_back(torch::nn::Linear(8, 1));
     return model.ptr();
   }
-  void initialize(torch::nn::Module& model, uint64_t seed) override {
-    for (const auto& item : model.named_parameters()) nn::fill_normal(item.value(), seed, item.key(), 0.5);
+  void initialize(const std::string& parameter_name, const at::Tensor& parameter, uint64_t seed) override {
+    nn::fill_normal(parameter, seed, parameter_name, 0.5);
   }
   std::shared_ptr<const data::Dataset> training_data() override { return training; }
   std::shared_ptr<const data::Dataset> validation_data() override { return validation; }
@@ -75,6 +75,7 @@ class RegressionTask : public Task {
     if (disturb) disturb(sum, batch);
     return {sum, ((error.abs() < 1.0).to(at::kFloat) * weight).sum()};
   }
+  bool wants_finished_model() const override { return when_finished != nullptr; }
   void finished(torch::nn::Module& model) override {
     if (when_finished) when_finished(model);
   }

@@ -101,7 +101,7 @@ TEST_P(TrainerTest, TrainsLikeAPlainLoop) {
   const auto model = task.make_model();
   {
     const torch::NoGradGuard no_grad;
-    task.initialize(*model, options_.seed);
+    for (const auto& item : model->named_parameters()) task.initialize(item.key(), item.value(), options_.seed);
   }
   std::vector<at::Tensor> matrices, others;
   for (const auto& tensor : model->parameters()) (tensor.dim() >= 2 ? matrices : others).push_back(tensor);
@@ -112,8 +112,9 @@ TEST_P(TrainerTest, TrainsLikeAPlainLoop) {
     return adam;
   };
   torch::optim::AdamW optimizer({{matrices, with_decay(options_.weight_decay)}, {others, with_decay(0)}});
-  data::TrainingLoader loader(task.training,
-                              {.seed = options_.seed, .micro_batch_size = 2, .num_leaves = 8, .leaf_end = 8});
+  data::TrainingLoader loader(
+      task.training,
+      {.seed = options_.seed, .micro_batch_size = 2, .num_leaves = 8, .leaves = {0, 1, 2, 3, 4, 5, 6, 7}});
   const auto lines = lines_of(dir_ / "metrics.jsonl");
   ASSERT_EQ(lines.size(), 12);
   for (const json& line : lines) {

@@ -44,38 +44,42 @@ LeafBlock root_of(int64_t leaf, LeafShare share);
 /// @param roots equal shapes, f32; consumed. @return roots[0], now the sum.
 at::Tensor fold_roots(std::span<const LeafBlock> blocks, std::vector<at::Tensor> roots);
 
-/// One bucket's ordered reduce-scatter under way: all roots of all ranks travel to the owner of each piece, who folds
-/// them.
-///
-/// Collective over `group`. Bucket: `numel` f32 elements, cut into size() pieces of piece_elements (the last ones may
-/// be short or empty); piece r belongs to rank r.
-class OrderedReduction {
- public:
-  /// Sends `roots` (one [numel] tensor for each of this rank's maximal blocks, left to right) and receives into
-  /// scratch.
-  /// @param roots none on a rank without leaves, so the bucket's size and options are told. Untouched until finish()
-  /// returns.
-  OrderedReduction(ProcessGroup& group, int64_t num_leaves, std::vector<at::Tensor> roots, int64_t numel,
-                   at::TensorOptions options, Milliseconds timeout = ProcessGroup::kDefaultTimeout);
-  /// Waits, folds, and writes this rank's piece of the sum to `piece` (its length: owned_piece's).
-  void finish(const at::Tensor& piece);
-  bool poll();
-
- private:
-  ProcessGroup* group_;
-  int64_t num_leaves_, numel_;
-  std::vector<at::Tensor> roots_;
-  at::Tensor send_, received_;
-  Work work_;
-};
-
+/// What one rank owns of a bucket: elements [offset, offset + numel).
 struct Piece {
   int64_t offset = 0;
   int64_t numel = 0;
 };
 /// Rank r's piece of a bucket of `numel` elements: multiples of 16 elements (one cache line), so pieces never share a
-/// line.
+/// line. The last ones may be short or empty.
 Piece owned_piece(int64_t numel, int rank, int size);
+/// The pieces of all ranks.
+std::vector<Piece> even_pieces(int64_t numel, int size);
+
+/// One bucket's ordered reduce-scatter under way: all roots of all ranks travel to the owner of each piece, who folds
+/// them.
+///
+/// Collective over `group`. Bucket: f32 elements, cut into size() pieces that follow each other without a gap; piece r
+/// belongs to rank r and may be empty.
+class OrderedReduction {
+ public:
+  /// Sends `roots` (one tensor of the bucket's size for each of this rank's maximal blocks, left to right) and receives
+  /// into scratch.
+  /// @param roots none on a rank without leaves, so the options are told. Untouched until finish() returns.
+  /// @param pieces by rank, equal on all ranks.
+  OrderedReduction(ProcessGroup& group, int64_t num_leaves, std::vector<at::Tensor> roots, std::vector<Piece> pieces,
+                   at::TensorOptions options, Milliseconds timeout = ProcessGroup::kDefaultTimeout);
+  /// Waits, folds, and writes this rank's piece of the sum to `piece`, which may be this rank's part of a root.
+  void finish(const at::Tensor& piece);
+  bool poll();
+
+ private:
+  ProcessGroup* group_;
+  int64_t num_leaves_;
+  std::vector<Piece> pieces_;
+  std::vector<at::Tensor> roots_;
+  at::Tensor send_, received_;
+  Work work_;
+};
 
 /// The whole ordered all-reduce, blocking: `leaves` are this rank's share, in order, [numel] each; returns the sum on
 /// every rank.

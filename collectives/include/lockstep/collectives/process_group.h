@@ -5,6 +5,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include <ATen/core/Tensor.h>
 
@@ -93,5 +94,7 @@ class ProcessGroup {
 
 /// Gathers each rank's `value` (trivially copyable) in rank order. A small, blocking convenience for control data.
 std::string all_gather_bytes(ProcessGroup& group, std::span<const std::byte> value);
+/// Gathers texts of any length, in rank order. For setting up.
+std::vector<std::string> all_gather_text(ProcessGroup& group, const std::string& text);
 
 }  // namespace lockstep

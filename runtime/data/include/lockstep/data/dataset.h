@@ -17,6 +17,13 @@ struct Batch {
   /// Samples that count. Fewer than dim 0 when the last micro-batch of a finite pass is padded; the task's loss must
   /// mask the rest.
   int64_t valid_samples = 0;
+
+  /// The tensors without padding: views of the samples that count.
+  std::vector<at::Tensor> valid_tensors() const {
+    std::vector<at::Tensor> valid;
+    for (const at::Tensor& tensor : tensors) valid.push_back(tensor.narrow(0, 0, valid_samples));
+    return valid;
+  }
 };
 
 /// Samples by index. Stateless: the order comes from GlobalOrder, so the state of a loader is one number.

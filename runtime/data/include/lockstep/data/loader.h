@@ -8,14 +8,14 @@
 
 namespace lockstep::data {
 
-/// Which micro-batches of a global batch this rank computes: leaves [begin, end) of the step's `num_leaves`.
+/// Which micro-batches of a global batch this rank computes.
 struct LoaderOptions {
   uint64_t seed = 0;
-  int64_t micro_batch_size = 1;  ///< samples
-  int64_t num_leaves = 1;        ///< micro-batches a global batch
-  int64_t leaf_begin = 0, leaf_end = 1;
-  int64_t first_step = 0;      ///< where to start: the whole state of a loader
-  int64_t prefetch_steps = 2;  ///< batches prepared ahead by one background thread
+  int64_t micro_batch_size = 1;       ///< samples
+  int64_t num_leaves = 1;             ///< micro-batches a global batch
+  std::vector<int64_t> leaves = {0};  ///< this rank's, each below num_leaves
+  int64_t first_step = 0;             ///< where to start: the whole state of a loader
+  int64_t prefetch_steps = 2;         ///< batches prepared ahead by one background thread
   bool pin_memory = false;
 };
 
@@ -28,8 +28,8 @@ class TrainingLoader {
   ~TrainingLoader();  // waits for the step in preparation, never for another rank
   TrainingLoader(const TrainingLoader&) = delete;
   TrainingLoader& operator=(const TrainingLoader&) = delete;
-  /// This rank's micro-batches of the next step, in leaf order. Rethrows what the prefetch thread met (naming file and
-  /// position).
+  /// This rank's micro-batches of the next step, in the order of `leaves`. Rethrows what the prefetch thread met
+  /// (naming file and position).
   std::vector<Batch> next();
 
  private:

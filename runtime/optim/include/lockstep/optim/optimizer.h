@@ -35,6 +35,8 @@ class Optimizer {
   /// Updates part `part` of `parts` of all elements: lanes of one rank share the work, each calling with its own part.
   /// The cut does not change bits.
   virtual void step(const StepScalars& scalars, int part = 0, int parts = 1) = 0;
+  /// What it keeps for each parameter: "exp_avg", ...
+  virtual std::vector<std::string> kinds() const = 0;
   /// State tensors as ("<parameter name>", "exp_avg", tensor) in attach order: what a checkpoint holds.
   struct StateTensor {
     std::string parameter;

@@ -27,6 +27,8 @@ struct Options {
 
   // layout
   MeshShape mesh;
+  int zero_stage = 0;       ///< sharded over data-parallel ranks: 1 optimizer state, 2 and gradients, 3 and parameters
+  int zero_shard_size = 0;  ///< ranks a replica is sharded over, neighbours; 0: all data-parallel ranks
   int64_t bucket_bytes = 25 << 20;
   std::string precision = "fp32";     ///< fp32 | bf16 (autocast over f32 parameters)
   std::string reduction = "ordered";  ///< ordered | fast
@@ -51,6 +53,7 @@ struct Options {
   int64_t log_interval_steps = 10;
 
   int64_t num_leaves() const { return global_batch_size / micro_batch_size; }
+  int num_shards() const { return zero_stage == 0 ? 1 : zero_shard_size; }  ///< once resolved
 };
 
 /// Fills what is derived and checks what can be checked before any work.

@@ -26,18 +26,20 @@ class Task {
   virtual std::string name() const = 0;  ///< "gpt": run record, log lines
 
   /// Builds one instance of the model. Called once a lane; instances then share parameter storage. Values are set by
-  /// initialize().
+  /// initialize(). Units (sharding/unit.h) and stacks (sharding/layer_stack.h) are what ZeRO-3, recomputation and
+  /// pipelines go by.
   virtual std::shared_ptr<torch::nn::Module> make_model() = 0;
-  /// Fills the parameters from `seed`, each from its own stream keyed by its name, so that no layout changes them.
-  virtual void initialize(torch::nn::Module& model, uint64_t seed) = 0;
+  /// Fills one parameter from `seed`, from a stream keyed by its name, so that no layout changes it.
+  /// @param parameter the whole tensor, though no rank may ever have the whole model.
+  virtual void initialize(const std::string& name, const at::Tensor& parameter, uint64_t seed) = 0;
 
   virtual std::shared_ptr<const data::Dataset> training_data() = 0;
   virtual std::shared_ptr<const data::Dataset> validation_data() { return nullptr; }
 
   /// What a batch counts for in the loss's divisor: tokens, samples, boxes. Known before any forward.
   virtual int64_t count(const data::Batch& batch) = 0;
-  /// Forward and loss of one micro-batch.
-  virtual LossSum loss(torch::nn::Module& model, const data::Batch& batch) = 0;
+  /// Forward and loss of one micro-batch. Default, for a LayerStack: what the stack returns for the batch's tensors.
+  virtual LossSum loss(torch::nn::Module& model, const data::Batch& batch);
 
   /// Whether weight decay applies. Default: tensors of two and more dims.
   virtual bool decays(const std::string& name, const at::Tensor& parameter);
@@ -45,7 +47,9 @@ class Task {
   /// Flops of forward and backward for one counted unit (for mfu); 0: unknown.
   virtual double flops_per_count() { return 0; }
   virtual const char* count_unit() const { return "samples"; }  ///< "tokens"
-  /// After the last step, rank 0's model: print a sample, a confusion matrix.
+  /// Whether finished() wants a model: where the layout has cut it, rank 0 then puts it together.
+  virtual bool wants_finished_model() const { return false; }
+  /// After the last step, on rank 0: print a sample, a confusion matrix.
   virtual void finished(torch::nn::Module&) {}
   /// Options of the task that decide the bits, as JSON text, for the run record and the config diff on resume.
   virtual std::string config_json() const { return "{}"; }

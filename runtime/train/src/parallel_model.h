@@ -1,0 +1,99 @@
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <torch/nn/module.h>
+
+#include <lockstep/checkpoint/checkpoint.h>
+#include <lockstep/collectives/mesh.h>
+#include <lockstep/data/dataset.h>
+#include <lockstep/optim/optimizer.h>
+#include <lockstep/sharding/fully_sharded.h>
+#include <lockstep/sharding/gradient_sync.h>
+#include <lockstep/sharding/layer_stack.h>
+#include <lockstep/sharding/parameter_gather.h>
+#include <lockstep/sharding/sharded_reducer.h>
+#include <lockstep/train/options.h>
+#include <lockstep/train/task.h>
+
+#include "lanes.h"
+#include "parameter_table.h"
+#include "step_exchange.h"
+
+namespace lockstep::train {
+
+/// The model of this rank under the run's layout, with its gradients and its optimizer: everything whose shape depends
+/// on how the run is cut over ranks. The Trainer above it knows steps, not layouts.
+///
+/// Collective: all ranks of the world make the same calls. Threads: one, which is lane 0 of `lanes`.
+class ParallelModel {
+ public:
+  ParallelModel(const Mesh& mesh, at::Device device, Task& task, const Options& options, LanePool& lanes);
+  ~ParallelModel();
+  ParallelModel(const ParallelModel&) = delete;
+  ParallelModel& operator=(const ParallelModel&) = delete;
+
+  /// Micro-batches of the global batch that this rank sees, ascending.
+  std::vector<int64_t> leaves() const { return sync_->leaves(); }
+  int64_t num_parameters() const;  ///< of the whole model, trainable ones
+
+  void initialize(uint64_t seed);
+  /// What a checkpoint holds, as views into this rank's part. After a load, call loaded().
+  std::vector<checkpoint::StateTensor> state();
+  void loaded();
+
+  /// Forward and backward of this rank's micro-batches, in the order of leaves().
+  /// @param divisor what the loss is divided by: the count of the whole step.
+  /// @return this rank's part of the step's sums, gradients' squares included.
+  StepReport compute(int64_t step, int64_t divisor, const std::vector<data::Batch>& batches);
+  /// After compute(): applies or drops the gradients.
+  void update(const optim::StepScalars& scalars);
+  void drop_gradients();
+  /// Of this rank's part; empty when all are finite.
+  std::string name_of_non_finite_gradient() const;
+
+  /// Loss and right answers over `count` micro-batches of an evaluation, of which this rank computes its share.
+  StepReport evaluate(int64_t count, const std::function<data::Batch(int64_t)>& get);
+
+  /// The whole model, where this rank has it.
+  std::shared_ptr<torch::nn::Module> whole() const;
+
+ private:
+  struct Scope;
+  class Runner;
+
+  void build();
+  void build_sync();
+  void build_optimizer();
+  at::Tensor local_part(size_t parameter) const;
+  void compute_leaf(int lane, int64_t step, double weight, int64_t leaf, const data::Batch& batch, LossSum& loss);
+  StepReport report_of(const std::vector<LossSum>& losses);
+  void gather_parameters();
+  data::Batch on_device(const data::Batch& batch) const;
+
+  const Mesh& mesh_;
+  at::Device device_;
+  Task& task_;
+  const Options& options_;
+  LanePool& lanes_;
+
+  std::vector<std::shared_ptr<torch::nn::Module>> models_;  // by lane; parameters share lane 0's storage
+  std::vector<std::unique_ptr<Runner>> runners_;            // by lane
+  ParameterTable table_;
+  std::unique_ptr<ProcessGroup> shard_group_, gather_group_;
+  std::unique_ptr<FullySharded> fully_sharded_;
+  std::unique_ptr<GradientSync> sync_;
+  ShardedReducer* sharded_reducer_ = nullptr;  // sync_, where gradients leave after each micro-batch
+  struct Gather {
+    std::vector<at::Tensor> parameters;
+    ParameterGather gather;
+  };
+  std::vector<Gather> gathers_;
+  std::unique_ptr<optim::Optimizer> optimizer_;
+  bool first_step_ = true;
+};
+
+}  // namespace lockstep::train

@@ -1,0 +1,76 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+#include <lockstep/collectives/process_group.h>
+
+namespace lockstep {
+
+/// The parameters of one unit, frozen ones too: tensors whose storage FullySharded takes over.
+struct ShardedUnit {
+  std::string name;
+  std::vector<at::Tensor> parameters;  ///< f32, with their shapes; storage may be missing
+  bool stays = false;  ///< gathered before the first forward of a step, freed at its end (what lies in no unit)
+};
+
+/// Parameters that exist whole only while they are used (ZeRO-3): each rank keeps its rows, a unit is gathered before
+/// its forward and backward and freed after.
+///
+/// The next unit in order is fetched while one computes, forward and backward; at most two units that do not stay are
+/// alive. Parameters keep their identity: each is a view into its unit's memory, whose storage shrinks to nothing and
+/// grows again; what autograd saved of them follows. The order of gathers is that of the first forward, the same on all
+/// ranks, so a group of its own is needed where other collectives run in between.
+/// Threads: one. Cost: (F-1)/F x bytes received for each forward and each backward of a unit, F ranks a replica.
+/// Source: Zhao et al., PyTorch FSDP, VLDB 2023, arXiv:2304.11277.
+class FullySharded {
+ public:
+  /// @param group the ranks a replica is sharded over. Collective.
+  FullySharded(ProcessGroup& group, std::vector<ShardedUnit> units, Milliseconds timeout);
+  ~FullySharded();
+  FullySharded(const FullySharded&) = delete;
+  FullySharded& operator=(const FullySharded&) = delete;
+
+  /// This rank's rows of a parameter: what initialisation, optimizer and checkpoint work on. Always there.
+  const at::Tensor& shard(size_t unit, size_t parameter) const;
+
+  // One forward, or one forward and backward: begin(); then for each unit, as the model calls them, before_forward(),
+  // after_forward(); in backward before_backward(), after_backward(); end() frees what is left.
+  void begin(bool with_backward);
+  void before_forward(size_t unit);
+  void after_forward(size_t unit);
+  void before_backward(size_t unit);
+  void after_backward(size_t unit);
+  void end();
+
+  /// Takes part in the gathers of a forward (and backward) that other ranks run and this one does not.
+  /// @param on_backward called where other ranks have a unit's gradients: what they send then wants to be received.
+  void absent(
+      bool with_backward, const std::function<void(size_t unit)>& on_backward = [](size_t) {});
+  /// Frees the units that stay: their values are about to change.
+  void end_step();
+
+  int max_alive() const { return max_alive_; }  ///< units that do not stay, whole at one time so far
+
+ private:
+  struct State;
+
+  void require(size_t unit);
+  void start(size_t unit);
+  void prefetch_beside(size_t unit, int direction);
+  void free(size_t unit);
+
+  ProcessGroup& group_;
+  Milliseconds timeout_;
+  std::vector<std::unique_ptr<State>> units_;
+  std::vector<size_t> order_, seen_;  // of forward: expected, and in this one
+  bool with_backward_ = false;
+  int alive_ = 0, max_alive_ = 0;
+};
+
+}  // namespace lockstep

@@ -1,0 +1,87 @@
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include <lockstep/sharding/bucket_layout.h>
+#include <lockstep/sharding/gradient_sync.h>
+
+namespace lockstep {
+
+struct ShardedReducerOptions {
+  int64_t num_leaves = 1;  ///< micro-batches of a global batch, over all ranks of the group
+  int num_shards = 1;      ///< ranks a gradient is sharded over, neighbours; divides the group's size
+  /// The parameters of each unit of the model, in forward order; together all, each once. A unit's gradients travel
+  /// together, the last unit's first.
+  std::vector<std::vector<size_t>> units;
+  /// Called on the lane's thread when the last gradient of a unit has been taken in this micro-batch: its parameters
+  /// are not needed any more.
+  std::function<void(size_t unit)> on_unit_done = [](size_t) {};
+  Milliseconds timeout = ProcessGroup::kDefaultTimeout;
+};
+
+/// Gradients that leave after every micro-batch (ZeRO-2 and ZeRO-3): no rank keeps more of the sum than its piece.
+///
+/// Round k: leaf k * N + r runs on rank r; in the last round some ranks may have none. A unit's gradients meet in one
+/// flat bucket, travel to their owners by an all-to-all, and the owner pushes them into a binary counter in the order
+/// of the leaves: the canonical tree, for any number of ranks. One lane.
+///
+/// Memory: a piece, a unit's gradients while they are collected and while they travel (two at most), and log2(leaves)
+/// pieces between rounds. Cost: (N-1)/N x bytes sent each round.
+class ShardedReducer : public GradientSync {
+ public:
+  /// Collective: compares names and shapes over the ranks. @throws ConfigError two ranks have different parameters.
+  ShardedReducer(ProcessGroup& group, std::vector<NamedParameter> parameters, ShardedReducerOptions options);
+  ~ShardedReducer() override;
+
+  std::vector<int64_t> leaves() const override;
+  /// Micro-batches of the rank that has most. A rank that has fewer calls absent_leaf() for the rest.
+  int64_t num_rounds() const;
+  void begin_step() override;
+  void end_leaf(int lane) override;
+  void absent_leaf();
+  /// Before absent_leaf(), where something else waits for other ranks between units: takes part in this unit's
+  /// exchange.
+  void absent_unit(size_t unit);
+  void fold() override;
+  at::Tensor piece_of(size_t i) const override;
+  std::vector<at::Tensor> pieces(Which which) const override;
+  ExactSum publish() override;
+  void wait() override;
+
+ private:
+  struct Bucket;
+  struct Flight;
+
+  void build_buckets();
+  void allocate(std::vector<size_t> members, size_t unit);
+
+  bool computes(int64_t leaf) const override {
+    return leaf % group_.size() == group_.rank() && leaf < options_.num_leaves;
+  }
+  void begin_round();
+  void deliver(int64_t leaf, size_t parameter, at::Tensor grad) override;
+  void launch_ready_buckets();
+  void launch(size_t bucket);
+  void land();
+  void push_round(Bucket& bucket, int64_t round, at::Tensor received);
+  int participants(int64_t round) const;
+  int shard() const { return group_.rank() % options_.num_shards; }
+  int num_replicas() const { return group_.size() / options_.num_shards; }
+
+  ShardedReducerOptions options_;
+  std::unique_ptr<ProcessGroup> split_replicas_;
+  std::vector<std::unique_ptr<Bucket>> buckets_;   // in the order they leave; a unit is one, or one for each kind of
+                                                   // parameter
+  std::vector<std::pair<size_t, size_t>> places_;  // by parameter: bucket, place in it
+  std::vector<int64_t> unit_missing_;
+  std::deque<Flight> flights_;
+  int64_t round_ = 0;
+  size_t next_bucket_ = 0;  // to be launched in this round
+  bool first_step_ = true;
+};
+
+}  // namespace lockstep

@@ -1,0 +1,163 @@
+#include <algorithm>
+
+#include <ATen/native/Resize.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <lockstep/base/error.h>
+#include <lockstep/sharding/fully_sharded.h>
+#include <lockstep/sharding/parameter_gather.h>
+
+namespace lockstep {
+namespace {
+
+constexpr int kMaxAlive = 2;
+constexpr int64_t kAlignment = 16;  // floats
+
+}  // namespace
+
+struct FullySharded::State {
+  enum class Phase { kFreed, kFetching, kWhole };
+
+  State(ProcessGroup& group, ShardedUnit which, Milliseconds timeout)
+      : unit(std::move(which)), gather(group, unit.parameters, timeout) {
+    int64_t numel = 0;
+    std::vector<int64_t> offsets;
+    for (const at::Tensor& parameter : unit.parameters) {
+      offsets.push_back(numel);
+      numel += (parameter.numel() + kAlignment - 1) / kAlignment * kAlignment;
+    }
+    const auto options = unit.parameters[0].options().requires_grad(false);
+    flat_shard = at::zeros({gather.shard_numel()}, options);
+    whole = at::empty({numel}, options);  // views want memory to be made; it is given back below
+    bytes = static_cast<int64_t>(whole.nbytes());
+    for (size_t i = 0; i < unit.parameters.size(); ++i) {
+      shards.push_back(gather.view(flat_shard, i));
+      // No view in autograd's sense: saved tensors must not tie the unit's parameters to each other.
+      const at::AutoDispatchBelowADInplaceOrView no_view;
+      const at::Tensor& parameter = unit.parameters[i];
+      views.push_back(whole.narrow(0, offsets[i], parameter.numel()).view(parameter.sizes()));
+    }
+    resize(0);
+  }
+
+  void resize(int64_t to) { at::native::resize_bytes_cpu(whole.storage().unsafeGetStorageImpl(), to); }
+
+  ShardedUnit unit;
+  ParameterGather gather;
+  at::Tensor flat_shard, whole;
+  std::vector<at::Tensor> shards, views;
+  int64_t bytes = 0;
+  Phase phase = Phase::kFreed;
+};
+
+FullySharded::FullySharded(ProcessGroup& group, std::vector<ShardedUnit> units, Milliseconds timeout)
+    : group_(group), timeout_(timeout) {
+  for (auto& unit : units) {
+    LOCKSTEP_CHECK(!unit.parameters.empty()) << "unit " << unit.name << " has no parameters";
+    units_.push_back(std::make_unique<State>(group, std::move(unit), timeout));
+    State& state = *units_.back();
+    for (size_t i = 0; i < state.views.size(); ++i) state.unit.parameters[i].set_data(state.views[i]);
+    if (!state.unit.stays) order_.push_back(units_.size() - 1);
+  }
+}
+
+FullySharded::~FullySharded() = default;
+
+const at::Tensor& FullySharded::shard(size_t unit, size_t parameter) const { return units_[unit]->shards[parameter]; }
+
+void FullySharded::start(size_t unit) {
+  State& state = *units_[unit];
+  state.gather.start_from_shard(state.flat_shard);
+  state.phase = State::Phase::kFetching;
+  if (!state.unit.stays) max_alive_ = std::max(max_alive_, ++alive_);
+}
+
+void FullySharded::require(size_t unit) {
+  State& state = *units_[unit];
+  if (state.phase == State::Phase::kFreed) start(unit);
+  if (state.phase == State::Phase::kWhole) return;
+  state.resize(state.bytes);
+  state.gather.finish(state.views, /*skip_own=*/false);
+  state.phase = State::Phase::kWhole;
+}
+
+void FullySharded::free(size_t unit) {
+  State& state = *units_[unit];
+  if (state.phase == State::Phase::kFreed) return;
+  if (state.phase == State::Phase::kFetching) {  // nobody came for it
+    state.resize(state.bytes);
+    state.gather.finish(state.views, /*skip_own=*/false);
+  }
+  state.resize(0);
+  state.phase = State::Phase::kFreed;
+  if (!state.unit.stays) --alive_;
+}
+
+// The neighbour in the order of forward, while this unit computes.
+void FullySharded::prefetch_beside(size_t unit, int direction) {
+  const auto place = std::find(order_.begin(), order_.end(), unit) - order_.begin() + direction;
+  if (place < 0 || place >= static_cast<int64_t>(order_.size()) || alive_ >= kMaxAlive) return;
+  if (units_[order_[place]]->phase == State::Phase::kFreed) start(order_[place]);
+}
+
+void FullySharded::begin(bool with_backward) {
+  with_backward_ = with_backward;
+  seen_.clear();
+  for (size_t unit = 0; unit < units_.size(); ++unit) {
+    if (units_[unit]->unit.stays) require(unit);
+  }
+}
+
+void FullySharded::before_forward(size_t unit) {
+  if (units_[unit]->unit.stays) return;
+  LOCKSTEP_CHECK(std::find(seen_.begin(), seen_.end(), unit) == seen_.end())
+      << "unit " << units_[unit]->unit.name << " is called twice in one forward";
+  seen_.push_back(unit);
+  require(unit);
+  prefetch_beside(unit, +1);
+}
+
+void FullySharded::after_forward(size_t unit) {
+  const bool needed_at_once = with_backward_ && unit == order_.back();
+  if (!units_[unit]->unit.stays && !needed_at_once) free(unit);
+}
+
+void FullySharded::before_backward(size_t unit) {
+  if (units_[unit]->unit.stays) return;
+  require(unit);
+  prefetch_beside(unit, -1);
+}
+
+void FullySharded::after_backward(size_t unit) {
+  if (!units_[unit]->unit.stays) free(unit);
+}
+
+void FullySharded::end() {
+  for (size_t unit = 0; unit < units_.size(); ++unit) {
+    if (!units_[unit]->unit.stays) free(unit);
+  }
+  if (seen_.size() == order_.size()) order_ = seen_;
+}
+
+void FullySharded::absent(bool with_backward, const std::function<void(size_t unit)>& on_backward) {
+  begin(with_backward);
+  const std::vector<size_t> order = order_;
+  for (const size_t unit : order) {
+    before_forward(unit);
+    after_forward(unit);
+  }
+  for (size_t i = order.size(); with_backward && i-- > 0;) {
+    before_backward(order[i]);
+    after_backward(order[i]);
+    on_backward(order[i]);
+  }
+  end();
+}
+
+void FullySharded::end_step() {
+  for (size_t unit = 0; unit < units_.size(); ++unit) free(unit);
+}
+
+}  // namespace lockstep

@@ -1,0 +1,59 @@
+#include <cstring>
+
+#include <ATen/ops/empty.h>
+
+#include <lockstep/sharding/parameter_gather.h>
+
+namespace lockstep {
+namespace {
+
+std::vector<std::vector<int64_t>> shapes_of(const std::vector<at::Tensor>& tensors) {
+  std::vector<std::vector<int64_t>> shapes;
+  for (const at::Tensor& tensor : tensors) shapes.push_back(tensor.sizes().vec());
+  return shapes;
+}
+
+}  // namespace
+
+ParameterGather::ParameterGather(ProcessGroup& group, const std::vector<at::Tensor>& parameters, Milliseconds timeout)
+    : group_(&group),
+      layout_(shapes_of(parameters), group.size(), /*num_replicas=*/1),
+      timeout_(timeout),
+      options_(parameters[0].options().requires_grad(false)) {}
+
+void ParameterGather::start_from(const std::vector<at::Tensor>& parameters) {
+  packed_ = at::empty({layout_.numel()}, options_);
+  const Piece own = layout_.pieces()[group_->rank()];
+  auto* out = packed_.mutable_data_ptr<float>();
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    for (const auto& [in_parameter, in_bucket, numel] : layout_.segments(i)) {
+      if (in_bucket < own.offset || in_bucket >= own.offset + own.numel) continue;
+      std::memcpy(out + in_bucket, parameters[i].const_data_ptr<float>() + in_parameter, numel * sizeof(float));
+    }
+  }
+  start_from_shard(packed_.narrow(0, own.offset, own.numel));
+}
+
+void ParameterGather::start_from_shard(const at::Tensor& flat_shard) {
+  if (!packed_.defined()) packed_ = at::empty({layout_.numel()}, options_);
+  std::vector<int64_t> counts;
+  for (const Piece& piece : layout_.pieces()) counts.push_back(piece.numel);
+  work_ = group_->all_gather_uneven(packed_, flat_shard, counts, timeout_);
+}
+
+void ParameterGather::finish(const std::vector<at::Tensor>& parameters, bool skip_own) {
+  work_.wait();
+  const Piece own = layout_.pieces()[group_->rank()];
+  const auto* in = packed_.const_data_ptr<float>();
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    auto* out = parameters[i].mutable_data_ptr<float>();
+    for (const auto& [in_parameter, in_bucket, numel] : layout_.segments(i)) {
+      if (skip_own && in_bucket >= own.offset && in_bucket < own.offset + own.numel) continue;
+      std::memcpy(out + in_parameter, in + in_bucket, numel * sizeof(float));
+    }
+  }
+  packed_.reset();
+  work_ = Work();
+}
+
+}  // namespace lockstep
