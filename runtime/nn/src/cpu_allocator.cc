@@ -17,7 +17,7 @@
 namespace lockstep::nn {
 namespace {
 
-// Size classes: four to a power of two, from 64 bytes to 2^47. A block starts with a line that holds its class.
+// Size classes: four to a power of two, from 64 bytes to 2^47. A block starts with a line that says what it is.
 constexpr size_t kLine = 64;
 constexpr size_t kHugeBytes = size_t{2} << 20;
 constexpr int kClasses = 4 * 48;
@@ -50,6 +50,29 @@ void* map_huge(size_t bytes) {
   return block;
 }
 
+struct Header {
+  int size_class;
+  MemoryKind kind;
+  int64_t bytes;  // asked for
+};
+static_assert(sizeof(Header) <= kLine);
+
+thread_local MemoryKind t_kind = MemoryKind::kOther;
+
+// Bytes in use and the most there ever were. A line of its own: lanes write different ones at once.
+struct alignas(64) Gauge {
+  std::atomic<int64_t> current{0}, peak{0};
+
+  void add(int64_t bytes) {
+    const int64_t now = current.fetch_add(bytes, std::memory_order_relaxed) + bytes;
+    int64_t before = peak.load(std::memory_order_relaxed);
+    while (now > before && !peak.compare_exchange_weak(before, now, std::memory_order_relaxed)) {
+    }
+  }
+  void subtract(int64_t bytes) { current.fetch_sub(bytes, std::memory_order_relaxed); }
+  void reset_peak() { peak = current.load(); }
+};
+
 struct alignas(64) FreeList {
   std::mutex mutex;
   std::vector<void*> blocks;
@@ -62,13 +85,27 @@ class CachingAllocator : public c10::Allocator {
     const int size_class = class_of(bytes);
     if (size_class >= kClasses) throw std::bad_alloc();
     void* block = take(size_class);
+    auto& header = *static_cast<Header*>(block);
+    header = {size_class, t_kind, static_cast<int64_t>(bytes)};
+    kinds_[static_cast<size_t>(header.kind)].add(header.bytes);
     void* data = static_cast<char*>(block) + kLine;
     return {data, data, &release, at::kCPU};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 
-  static CpuMemory memory() { return {current_.load(), peak_.load(), cached_.load()}; }
+  static CpuMemory memory() {
+    const int64_t current = all_.current;
+    return {current, all_.peak, owned_ - current};
+  }
+  static KindMemory memory(MemoryKind kind) {
+    const Gauge& gauge = kinds_[static_cast<size_t>(kind)];
+    return {gauge.current, gauge.peak};
+  }
+  static void reset_peaks() {
+    all_.reset_peak();
+    for (Gauge& gauge : kinds_) gauge.reset_peak();
+  }
 
  private:
   static void* take(int size_class) {
@@ -82,28 +119,24 @@ class CachingAllocator : public c10::Allocator {
         list.blocks.pop_back();
       }
     }
-    if (block) {
-      cached_ -= bytes;
-    } else {
+    if (!block) {
       const size_t size = static_cast<size_t>(bytes) + kLine;
       block = size >= kHugeBytes ? map_huge(size) : std::aligned_alloc(kLine, size);  // size is a multiple of kLine
       if (!block) throw std::bad_alloc();
-      *static_cast<int*>(block) = size_class;
+      owned_ += bytes;
     }
-    const int64_t now = current_ += bytes;
-    for (int64_t peak = peak_; now > peak && !peak_.compare_exchange_weak(peak, now);) {
-    }
+    all_.add(bytes);
     return block;
   }
 
   static void release(void* data) {
     if (!data) return;
     void* block = static_cast<char*>(data) - kLine;
-    const int size_class = *static_cast<int*>(block);
-    const auto bytes = static_cast<int64_t>(bytes_of(size_class));
-    current_ -= bytes;
-    cached_ += bytes;
-    FreeList& list = lists()[size_class];
+    const Header header = *static_cast<Header*>(block);
+    const auto bytes = static_cast<int64_t>(bytes_of(header.size_class));
+    kinds_[static_cast<size_t>(header.kind)].subtract(header.bytes);
+    all_.subtract(bytes);
+    FreeList& list = lists()[header.size_class];
     const std::lock_guard lock(list.mutex);
     list.blocks.push_back(block);
   }
@@ -113,7 +146,9 @@ class CachingAllocator : public c10::Allocator {
     return *lists;
   }
 
-  static inline std::atomic<int64_t> current_{0}, peak_{0}, cached_{0};
+  static inline Gauge all_;
+  static inline std::array<Gauge, kMemoryKinds> kinds_;
+  static inline std::atomic<int64_t> owned_{0};  // in use or kept: changes with new blocks only
 };
 
 }  // namespace
@@ -124,6 +159,11 @@ void install_cpu_allocator() {
   std::call_once(once, [] { c10::SetCPUAllocator(&allocator, /*priority=*/1); });
 }
 
+MemoryScope::MemoryScope(MemoryKind kind) : was_(t_kind) { t_kind = kind; }
+MemoryScope::~MemoryScope() { t_kind = was_; }
+
 CpuMemory cpu_memory() { return CachingAllocator::memory(); }
+KindMemory cpu_memory(MemoryKind kind) { return CachingAllocator::memory(kind); }
+void reset_peaks() { CachingAllocator::reset_peaks(); }
 
 }  // namespace lockstep::nn

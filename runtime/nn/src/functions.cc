@@ -3,6 +3,7 @@
 #include <lockstep/base/error.h>
 #include <lockstep/nn/functions.h>
 #include <lockstep/nn/precision.h>
+#include <lockstep/nn/remake.h>
 
 #include "data.h"
 #include "weight_cache.h"
@@ -177,14 +178,18 @@ struct CrossEntropy : Function<CrossEntropy> {
 
 }  // namespace
 
-at::Tensor gelu(const at::Tensor& x) { return has_kernel(x) ? Gelu::apply(x) : at::gelu(x, "tanh"); }
+at::Tensor gelu(const at::Tensor& x) {
+  return remakeable(has_kernel(x) ? Gelu::apply(x) : at::gelu(x, "tanh"), {x},
+                    [](const auto& inputs) { return nn::gelu(inputs[0]); });
+}
 
 at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up) {
   if (!has_kernel(gate)) return at::silu(gate) * up;
   LOCKSTEP_CHECK(up.sizes() == gate.sizes() && up.scalar_type() == gate.scalar_type() && up.is_cpu())
       << "swiglu of a gate " << gate.sizes() << " " << gate.scalar_type() << " and an up " << up.sizes() << " "
       << up.scalar_type() << ": they must be alike";
-  return SwiGlu::apply(gate, up);
+  return remakeable(SwiGlu::apply(gate, up), {gate, up},
+                    [](const auto& inputs) { return nn::swiglu(inputs[0], inputs[1]); });
 }
 
 at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal) {
@@ -202,7 +207,10 @@ at::Tensor rope(const at::Tensor& x, const at::Tensor& cosines, const at::Tensor
         << "rope of " << x.sizes() << " with a table " << table.sizes() << " " << table.scalar_type()
         << ": [B, T, heads, D] needs contiguous f32 tables [T, D/2], D even";
   }
-  if (has_kernel(x)) return Rope::apply(x, cosines, sines);
+  if (has_kernel(x)) {
+    return remakeable(Rope::apply(x, cosines, sines), {x, cosines, sines},
+                      [](const auto& inputs) { return nn::rope(inputs[0], inputs[1], inputs[2]); });
+  }
   const at::Tensor cosine = cosines.to(x.device()).view({1, x.size(1), 1, x.size(3) / 2}),
                    sine = sines.to(x.device()).view({1, x.size(1), 1, x.size(3) / 2});
   const auto halves = x.chunk(2, -1);

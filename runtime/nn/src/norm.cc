@@ -3,6 +3,7 @@
 #include <lockstep/base/error.h>
 #include <lockstep/nn/norm.h>
 #include <lockstep/nn/precision.h>
+#include <lockstep/nn/remake.h>
 
 #include "data.h"
 
@@ -83,13 +84,15 @@ at::Tensor layer_norm(const at::Tensor& x, const at::Tensor& weight, const at::T
   if (!has_kernel(x)) return at::layer_norm(x, {x.size(-1)}, weight, bias, epsilon);
   check_scale("weight", weight, x);
   check_scale("bias", bias, x);
-  return Norm::apply(x, weight, std::optional(bias), epsilon, /*rms=*/false);
+  return remakeable(Norm::apply(x, weight, std::optional(bias), epsilon, /*rms=*/false), {x, weight, bias},
+                    [epsilon](const auto& inputs) { return nn::layer_norm(inputs[0], inputs[1], inputs[2], epsilon); });
 }
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double epsilon) {
   if (!has_kernel(x)) return at::rms_norm(x, {x.size(-1)}, weight, epsilon);
   check_scale("weight", weight, x);
-  return Norm::apply(x, weight, std::nullopt, epsilon, /*rms=*/true);
+  return remakeable(Norm::apply(x, weight, std::nullopt, epsilon, /*rms=*/true), {x, weight},
+                    [epsilon](const auto& inputs) { return nn::rms_norm(inputs[0], inputs[1], epsilon); });
 }
 
 LayerNorm::LayerNorm(int64_t dim, double epsilon) : epsilon_(epsilon) {

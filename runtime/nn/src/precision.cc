@@ -55,8 +55,9 @@ bool is_bf16(c10::DeviceType device) {
   return at::autocast::is_autocast_enabled(device) && at::autocast::get_autocast_dtype(device) == at::kBFloat16;
 }
 
-WeightCacheScope::WeightCacheScope() : was_(t_may_cache) { t_may_cache = true; }
+WeightCacheScope::WeightCacheScope(bool on) : was_(t_may_cache) { t_may_cache = on; }
 WeightCacheScope::~WeightCacheScope() { t_may_cache = was_; }
+bool WeightCacheScope::is_on() { return t_may_cache; }
 
 void begin_step() { ++g_generation; }
 

@@ -4,6 +4,7 @@
 #include <lockstep/base/counter_random.h>
 #include <lockstep/nn/dropout.h>
 #include <lockstep/nn/init.h>
+#include <lockstep/nn/remake.h>
 
 namespace lockstep::nn {
 namespace {
@@ -18,24 +19,33 @@ void fill(const at::Tensor& parameter, Value value) {
   parameter.detach().copy_(host);
 }
 
-}  // namespace
-
-StepScope::StepScope(StepKey key) : was_(t_key) { t_key = key; }
-StepScope::~StepScope() { t_key = was_; }
-
-at::Tensor dropout(const at::Tensor& x, double p, bool training, uint64_t layer) {
-  if (!training || p <= 0) return x;
-  const uint64_t key = stream_key(stream_key(t_key.seed, t_key.step, t_key.leaf, layer), "dropout");
+// 0 with probability p, else 1 / (1 - p), in the dtype and on the device of `options`.
+at::Tensor dropout_mask(at::IntArrayRef sizes, const at::TensorOptions& options, double p, uint64_t key) {
   const auto keep_below = static_cast<uint64_t>((1.0 - p) * 0x1p32);
   const auto scale = static_cast<float>(1.0 / (1.0 - p));
-  const at::Tensor mask = at::empty(x.sizes(), at::kFloat);
+  const at::Tensor mask = at::empty(sizes, at::kFloat);
   auto* out = mask.mutable_data_ptr<float>();
   const int64_t n = mask.numel();
   for (int64_t i = 0; i < n; i += 4) {
     const auto bits = philox4x32(key, static_cast<uint64_t>(i / 4), 0);
     for (int64_t j = 0; j < 4 && i + j < n; ++j) out[i + j] = bits[j] < keep_below ? scale : 0.0f;
   }
-  return at::mul(x, mask.to(x.device(), x.scalar_type()));
+  return mask.to(options.device(), c10::typeMetaToScalarType(options.dtype()));
+}
+
+}  // namespace
+
+StepScope::StepScope(StepKey key) : was_(t_key) { t_key = key; }
+StepScope::~StepScope() { t_key = was_; }
+StepKey step_key() { return t_key; }
+
+at::Tensor dropout(const at::Tensor& x, double p, bool training, uint64_t layer) {
+  if (!training || p <= 0) return x;
+  const uint64_t key = stream_key(stream_key(t_key.seed, t_key.step, t_key.leaf, layer), "dropout");
+  const auto make = [sizes = x.sizes().vec(), options = x.options(), p, key](const std::vector<at::Tensor>& = {}) {
+    return dropout_mask(sizes, options, p, key);
+  };
+  return at::mul(x, remakeable(make(), {}, make));
 }
 
 void fill_normal(const at::Tensor& parameter, uint64_t seed, const std::string& name, double standard_deviation) {

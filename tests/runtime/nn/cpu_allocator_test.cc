@@ -1,6 +1,10 @@
+#include <array>
+#include <chrono>
+#include <cstdio>
 #include <new>
 #include <thread>
 
+#include <ATen/native/Resize.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
@@ -79,6 +83,104 @@ TEST_F(CpuAllocatorTest, AnotherThreadMayFree) {
   std::thread([taken = std::move(x)]() mutable { taken.reset(); }).join();
   EXPECT_EQ(cpu_memory().current_bytes, before.current_bytes);
   EXPECT_EQ(bytes(654'321).data_ptr(), place);
+}
+
+constexpr std::array kKinds = {MemoryKind::kOther,     MemoryKind::kParameters, MemoryKind::kGradients,
+                               MemoryKind::kOptimizer, MemoryKind::kGathered,   MemoryKind::kBuckets,
+                               MemoryKind::kScratch};
+static_assert(kKinds.size() == kMemoryKinds);
+
+int64_t current(MemoryKind kind) { return cpu_memory(kind).current_bytes; }
+
+TEST_F(CpuAllocatorTest, EveryKindCountsTheBytesAskedForAndNoOther) {
+  for (const MemoryKind kind : kKinds) {
+    std::vector<int64_t> before;
+    for (const MemoryKind each : kKinds) before.push_back(current(each));
+    {
+      const MemoryScope scope(kind);
+      const std::vector<at::Tensor> live = {bytes(0), bytes(1), bytes(65), bytes(1'000'003), bytes(3 * kMiB + 1)};
+      for (size_t i = 0; i < kKinds.size(); ++i)
+        EXPECT_EQ(current(kKinds[i]) - before[i], kKinds[i] == kind ? 1 + 65 + 1'000'003 + 3 * kMiB + 1 : 0);
+    }
+    for (size_t i = 0; i < kKinds.size(); ++i) EXPECT_EQ(current(kKinds[i]), before[i]);
+  }
+}
+
+TEST_F(CpuAllocatorTest, ABlockKeepsItsKindUntilAnyoneFreesItAnywhere) {
+  const int64_t gathered = current(MemoryKind::kGathered), buckets = current(MemoryKind::kBuckets);
+  at::Tensor x;
+  {
+    const MemoryScope outer(MemoryKind::kGathered);
+    { const MemoryScope inner(MemoryKind::kBuckets); }
+    x = bytes(12'345);
+  }
+  EXPECT_EQ(current(MemoryKind::kGathered), gathered + 12'345);
+  const at::Tensor other = bytes(12'345);
+  EXPECT_EQ(current(MemoryKind::kGathered), gathered + 12'345) << "the scope is over";
+  std::thread([taken = std::move(x)]() mutable {
+    const MemoryScope scope(MemoryKind::kBuckets);
+    taken.reset();
+  }).join();
+  EXPECT_EQ(current(MemoryKind::kGathered), gathered);
+  EXPECT_EQ(current(MemoryKind::kBuckets), buckets);
+}
+
+TEST_F(CpuAllocatorTest, AResizedStorageCountsWhereItWasResized) {
+  const int64_t gathered = current(MemoryKind::kGathered), parameters = current(MemoryKind::kParameters);
+  const MemoryScope outer(MemoryKind::kParameters);
+  const at::Tensor x = bytes(1'000);
+  c10::StorageImpl* const storage = x.storage().unsafeGetStorageImpl();
+  EXPECT_EQ(current(MemoryKind::kParameters), parameters + 1'000);
+  for (const int64_t size : {777, 0, 5'000, 5'001, 0}) {
+    const MemoryScope scope(MemoryKind::kGathered);
+    at::native::resize_bytes_cpu(storage, static_cast<size_t>(size));
+    EXPECT_EQ(current(MemoryKind::kGathered), gathered + size);
+    EXPECT_EQ(current(MemoryKind::kParameters), parameters);
+  }
+}
+
+TEST_F(CpuAllocatorTest, PeaksOfKindsStartAgainFromWhatIsInUse) {
+  const MemoryScope scope(MemoryKind::kScratch);
+  const at::Tensor held = bytes(1'001);
+  bytes(5 * kMiB);
+  EXPECT_GE(cpu_memory(MemoryKind::kScratch).peak_bytes, 5 * kMiB + 1'001);
+  reset_peaks();
+  EXPECT_EQ(cpu_memory(MemoryKind::kScratch).peak_bytes, current(MemoryKind::kScratch));
+  EXPECT_EQ(cpu_memory().peak_bytes, cpu_memory().current_bytes);
+  const int64_t before = current(MemoryKind::kScratch);
+  bytes(777);
+  EXPECT_EQ(cpu_memory(MemoryKind::kScratch).peak_bytes, before + 777);
+}
+
+TEST_F(CpuAllocatorTest, KindsAreExactWhenThreadsTakeAndFreeAtOnce) {
+  std::vector<int64_t> before;
+  for (const MemoryKind kind : kKinds) before.push_back(current(kind));
+  std::vector<std::thread> threads;
+  std::vector<at::Tensor> left(kKinds.size());
+  for (size_t i = 0; i < kKinds.size(); ++i) {
+    threads.emplace_back([&, i] {
+      for (int64_t n = 1; n < 2000; ++n) {
+        const MemoryScope scope(kKinds[(i + static_cast<size_t>(n)) % kKinds.size()]);
+        bytes(n);
+      }
+      const MemoryScope scope(kKinds[i]);
+      left[i] = bytes(100 + static_cast<int64_t>(i));
+    });
+  }
+  for (auto& thread : threads) thread.join();
+  for (size_t i = 0; i < kKinds.size(); ++i) EXPECT_EQ(current(kKinds[i]), before[i] + 100 + static_cast<int64_t>(i));
+}
+
+// Time of small blocks, best of many: --gtest_also_run_disabled_tests --gtest_filter=*Cost*
+TEST_F(CpuAllocatorTest, DISABLED_CostOfASmallBlock) {
+  c10::Allocator* const allocator = c10::GetCPUAllocator();
+  double best = 1e9;
+  for (int round = 0; round < 50; ++round) {
+    const auto start = std::chrono::steady_clock::now();
+    for (int i = 0; i < 100'000; ++i) allocator->allocate(256);
+    best = std::min(best, std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count());
+  }
+  std::printf("%.1f ns to take and free 256 bytes\n", best / 100'000);
 }
 
 TEST_F(CpuAllocatorTest, ThreadsThatTakeAndFreeNeverShareABlock) {

@@ -16,4 +16,38 @@ struct CpuMemory {
 };
 CpuMemory cpu_memory();
 
+/// What CPU memory is for.
+enum class MemoryKind : uint8_t {
+  kOther,       ///< whatever no scope names: activations
+  kParameters,  ///< what this rank owns of them
+  kGradients,
+  kOptimizer,
+  kGathered,  ///< parameters gathered for a while
+  kBuckets,   ///< gradients on their way
+  kScratch,
+};
+inline constexpr int kMemoryKinds = 7;
+
+/// What this thread takes in the scope is of this kind, until it is freed, whoever frees it. A storage that is resized
+/// inside counts anew, whole, as of this kind.
+class MemoryScope {
+ public:
+  explicit MemoryScope(MemoryKind kind);
+  ~MemoryScope();
+  MemoryScope(const MemoryScope&) = delete;
+  MemoryScope& operator=(const MemoryScope&) = delete;
+
+ private:
+  MemoryKind was_;
+};
+
+struct KindMemory {
+  int64_t current_bytes = 0;  ///< as asked for: exact sizes, where cpu_memory() counts whole blocks
+  int64_t peak_bytes = 0;
+};
+KindMemory cpu_memory(MemoryKind kind);
+
+/// Peaks, of all and of each kind, start again from what is in use now.
+void reset_peaks();
+
 }  // namespace lockstep::nn

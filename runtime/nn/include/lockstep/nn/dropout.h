@@ -23,6 +23,9 @@ class StepScope {
   StepKey was_;
 };
 
+/// This thread's key.
+StepKey step_key();
+
 /// Zeroes elements with probability p and scales the rest by 1 / (1 - p); element i of layer `layer` has its own random
 /// number. p = 0 or not training: x itself.
 at::Tensor dropout(const at::Tensor& x, double p, bool training, uint64_t layer);

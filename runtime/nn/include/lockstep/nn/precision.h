@@ -28,10 +28,12 @@ bool is_bf16(c10::DeviceType device = c10::DeviceType::CPU);
 /// weights do not change within a step, so each is cast once a step instead of once a micro-batch and lane.
 class WeightCacheScope {
  public:
-  WeightCacheScope();
+  explicit WeightCacheScope(bool on = true);
   ~WeightCacheScope();
   WeightCacheScope(const WeightCacheScope&) = delete;
   WeightCacheScope& operator=(const WeightCacheScope&) = delete;
+
+  static bool is_on();
 
  private:
   bool was_;
