@@ -99,11 +99,12 @@ void FullySharded::free(size_t unit) {
 void FullySharded::prefetch_beside(size_t unit, int direction) {
   const auto place = std::find(order_.begin(), order_.end(), unit) - order_.begin() + direction;
   if (place < 0 || place >= static_cast<int64_t>(order_.size()) || alive_ >= kMaxAlive) return;
-  if (units_[order_[place]]->phase == State::Phase::kFreed) start(order_[place]);
+  State& neighbour = *units_[order_[place]];
+  if (neighbour.unit.part == units_[unit]->unit.part && neighbour.phase == State::Phase::kFreed) start(order_[place]);
 }
 
-void FullySharded::begin(bool with_backward) {
-  with_backward_ = with_backward;
+void FullySharded::begin(bool both) {
+  both_ = both;
   seen_.clear();
   for (size_t unit = 0; unit < units_.size(); ++unit) {
     if (units_[unit]->unit.stays) require(unit);
@@ -120,7 +121,7 @@ void FullySharded::before_forward(size_t unit) {
 }
 
 void FullySharded::after_forward(size_t unit) {
-  const bool needed_at_once = with_backward_ && unit == order_.back();
+  const bool needed_at_once = both_ && unit == order_.back();
   if (!units_[unit]->unit.stays && !needed_at_once) free(unit);
 }
 
@@ -141,19 +142,23 @@ void FullySharded::end() {
   if (seen_.size() == order_.size()) order_ = seen_;
 }
 
-void FullySharded::absent(bool with_backward, const std::function<void(size_t unit)>& on_backward) {
-  begin(with_backward);
+void FullySharded::absent_forward(size_t part) {
   const std::vector<size_t> order = order_;
   for (const size_t unit : order) {
+    if (units_[unit]->unit.part != part) continue;
     before_forward(unit);
     after_forward(unit);
   }
-  for (size_t i = order.size(); with_backward && i-- > 0;) {
-    before_backward(order[i]);
-    after_backward(order[i]);
-    on_backward(order[i]);
+}
+
+void FullySharded::absent_backward(size_t part, const std::function<void(size_t unit)>& on_backward) {
+  for (size_t i = order_.size(); i-- > 0;) {
+    const size_t unit = order_[i];
+    if (units_[unit]->unit.part != part) continue;
+    before_backward(unit);
+    after_backward(unit);
+    on_backward(unit);
   }
-  end();
 }
 
 void FullySharded::end_step() {

@@ -68,8 +68,10 @@ int GradientSync::attach_lane(const std::vector<at::Tensor>& parameters) {
       << "a lane's model has " << parameters.size() << " parameters, lane 0's has " << parameters_.size();
   const int lane = static_cast<int>(lanes_.size());
   lanes_.push_back(std::make_unique<Lane>());
-  lanes_.back()->arrived.resize(parameters.size());
+  lanes_.back()->has.resize(parameters.size());
   for (size_t i = 0; i < parameters.size(); ++i) {
+    lanes_.back()->has[i] = parameters[i].defined();
+    if (!parameters[i].defined()) continue;
     torch::autograd::impl::set_post_acc_grad_hooks(parameters[i], std::make_unique<GradientHook>(*this, lane, i));
   }
   return lane;
@@ -83,7 +85,7 @@ void GradientSync::begin_leaf(int lane, int64_t leaf) {
 
 void GradientSync::end_leaf(int lane) {
   for (size_t i = parameters_.size(); i-- > 0;) {
-    if (!lanes_[lane]->arrived[i]) take(lane, i, at::Tensor());
+    if (lanes_[lane]->has[i] && !lanes_[lane]->arrived[i]) take(lane, i, at::Tensor());
   }
   lanes_[lane]->leaf = -1;
 }

@@ -32,6 +32,15 @@ void LayerStack::build(const std::vector<Range>& chunks) {
   }
 }
 
+size_t LayerStack::chunk_of(const std::string& layer) const {
+  for (size_t chunk = 0; chunk < chunks_.size(); ++chunk) {
+    for (size_t i = chunks_[chunk].begin; i < chunks_[chunk].end; ++i) {
+      if (layers_[i].name == layer) return chunk;
+    }
+  }
+  throw CheckFailed("layer " + layer + " is not one of this stage");
+}
+
 at::Tensor LayerStack::run(size_t chunk, at::Tensor x, const std::vector<at::Tensor>& batch) {
   LOCKSTEP_CHECK(chunk < chunks_.size()) << "chunk " << chunk << " of " << chunks_.size() << ": call build() first";
   for (size_t i = chunks_[chunk].begin; i < chunks_[chunk].end; ++i) x = (*built_[i])(x, batch);

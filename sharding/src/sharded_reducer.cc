@@ -46,19 +46,25 @@ ShardedReducer::ShardedReducer(ProcessGroup& group, std::vector<NamedParameter> 
       << options_.num_leaves << " micro-batches for " << group.size() << " ranks: in the first round each has one";
   if (options_.num_shards > 1 && num_replicas() > 1)
     split_replicas_ = group.split(shard(), group.rank(), group.name() + ".replicate");
+  LOCKSTEP_CHECK(options_.parts.empty() || options_.parts.size() == options_.units.size())
+      << options_.parts.size() << " parts told for " << options_.units.size() << " units";
   build_buckets();
 }
 
 // From the last unit to the first, each in reverse order of registration, each kind of parameter with its own.
 void ShardedReducer::build_buckets() {
   for (size_t unit = options_.units.size(); unit-- > 0;) {
+    if (part_of(unit) >= parts_.size()) parts_.resize(part_of(unit) + 1);
     std::vector<std::vector<size_t>> groups;
     const auto& members = options_.units[unit];
     for (size_t k = members.size(); k-- > 0;) {
       if (groups.empty() || !may_share_bucket(groups.back().back(), members[k])) groups.emplace_back();
       groups.back().push_back(members[k]);
     }
-    for (auto& group : groups) allocate(std::move(group), unit);
+    for (auto& group : groups) {
+      parts_[part_of(unit)].buckets.push_back(buckets_.size());
+      allocate(std::move(group), unit);
+    }
   }
 }
 
@@ -96,27 +102,34 @@ int ShardedReducer::participants(int64_t round) const {
 }
 
 void ShardedReducer::begin_step() {
-  round_ = 0;
   flights_.clear();
   for (auto& bucket : buckets_) {
     bucket->counter.clear();
     bucket->buffer.reset();
     bucket->work = Work();
   }
-  begin_round();
+  unit_missing_.resize(options_.units.size());
+  for (Part& part : parts_) {
+    part.round = 0;
+    begin_round(part);
+  }
 }
 
-void ShardedReducer::begin_round() {
-  next_bucket_ = 0;
-  for (auto& bucket : buckets_) bucket->missing = static_cast<int64_t>(bucket->parameters.size());
-  unit_missing_.clear();
-  for (const auto& members : options_.units) unit_missing_.push_back(static_cast<int64_t>(members.size()));
+void ShardedReducer::begin_round(Part& part) {
+  part.next = 0;
+  for (const size_t number : part.buckets) {
+    Bucket& bucket = *buckets_[number];
+    bucket.missing = static_cast<int64_t>(bucket.parameters.size());
+    unit_missing_[bucket.unit] = static_cast<int64_t>(options_.units[bucket.unit].size());
+  }
 }
 
 void ShardedReducer::deliver(int64_t leaf, size_t parameter, at::Tensor grad) {
-  LOCKSTEP_CHECK(leaf / group_.size() == round_) << "leaf " << leaf << " in round " << round_ << ": leaves ascend";
   const auto [number, place] = places_[parameter];
   Bucket& bucket = *buckets_[number];
+  Part& part = parts_[part_of(bucket.unit)];
+  LOCKSTEP_CHECK(leaf / group_.size() == part.round)
+      << "leaf " << leaf << " in round " << part.round << ": leaves ascend";
   if (!bucket.buffer.defined()) {
     bucket.buffer = at::empty({bucket.layout.numel()}, bucket.piece.options());
     for (const auto& [offset, numel] : bucket.layout.padding())
@@ -132,25 +145,26 @@ void ShardedReducer::deliver(int64_t leaf, size_t parameter, at::Tensor grad) {
   }
   grad.reset();
   if (--unit_missing_[bucket.unit] == 0) options_.on_unit_done(bucket.unit);
-  if (--bucket.missing == 0) launch_ready_buckets();
+  if (--bucket.missing == 0) launch_ready_buckets(part);
 }
 
-void ShardedReducer::launch_ready_buckets() {  // in one order on every rank
-  for (; next_bucket_ < buckets_.size() && buckets_[next_bucket_]->missing == 0; ++next_bucket_) launch(next_bucket_);
+void ShardedReducer::launch_ready_buckets(Part& part) {  // in one order on every rank
+  for (; part.next < part.buckets.size() && buckets_[part.buckets[part.next]]->missing == 0; ++part.next)
+    launch(part.buckets[part.next], part.round);
 }
 
-void ShardedReducer::launch(size_t number) {
+void ShardedReducer::launch(size_t number, int64_t round) {
   Bucket& bucket = *buckets_[number];
   while (flights_.size() >= kMaxFlights) land();
   const auto& pieces = bucket.layout.pieces();
-  const int have = participants(round_), rank = group_.rank();
+  const int have = participants(round), rank = group_.rank();
   const bool has_leaf = rank < have;
   std::vector<int64_t> send_counts(group_.size(), 0), receive_counts(group_.size(), 0);
   for (int peer = 0; peer < group_.size(); ++peer) {
     if (has_leaf) send_counts[peer] = pieces[peer].numel;
     if (peer < have) receive_counts[peer] = pieces[rank].numel;
   }
-  Flight flight{number, round_, std::exchange(bucket.buffer, at::Tensor()), {}, {}};
+  Flight flight{number, round, std::exchange(bucket.buffer, at::Tensor()), {}, {}};
   if (!has_leaf) flight.buffer = at::empty({0}, bucket.piece.options());
   flight.received = at::empty({have * pieces[rank].numel}, bucket.piece.options());
   flight.work = group_.all_to_all(flight.received, flight.buffer, receive_counts, send_counts, options_.timeout);
@@ -197,27 +211,32 @@ void ShardedReducer::push_round(Bucket& bucket, int64_t round, at::Tensor receiv
 
 void ShardedReducer::end_leaf(int lane) {
   GradientSync::end_leaf(lane);
-  absent_leaf();
+  absent_leaf(static_cast<size_t>(lane));
 }
 
 void ShardedReducer::absent_unit(size_t unit) {
-  LOCKSTEP_CHECK(group_.rank() >= participants(round_)) << "round " << round_ << " has a leaf for this rank";
-  for (auto& bucket : buckets_) {
-    if (bucket->unit == unit) bucket->missing = 0;
+  Part& part = parts_[part_of(unit)];
+  LOCKSTEP_CHECK(group_.rank() >= participants(part.round)) << "round " << part.round << " has a leaf for this rank";
+  for (const size_t number : part.buckets) {
+    if (buckets_[number]->unit == unit) buckets_[number]->missing = 0;
   }
-  launch_ready_buckets();
+  launch_ready_buckets(part);
 }
 
 // The end of a round: with a leaf, every bucket has left already.
-void ShardedReducer::absent_leaf() {
-  for (size_t unit = options_.units.size(); unit-- > 0 && next_bucket_ < buckets_.size();) absent_unit(unit);
-  ++round_;
-  begin_round();
+void ShardedReducer::absent_leaf(size_t number) {
+  if (number >= parts_.size()) return;  // a part without parameters
+  Part& part = parts_[number];
+  while (part.next < part.buckets.size()) absent_unit(buckets_[part.buckets[part.next]]->unit);
+  ++part.round;
+  begin_round(part);
 }
 
 void ShardedReducer::fold() {
-  LOCKSTEP_CHECK(round_ == num_rounds()) << round_ << " of " << num_rounds()
-                                         << " rounds: not every micro-batch of this rank was computed";
+  for (const Part& part : parts_) {
+    LOCKSTEP_CHECK(part.buckets.empty() || part.round == num_rounds())
+        << part.round << " of " << num_rounds() << " rounds: not every micro-batch of this rank was computed";
+  }
   while (!flights_.empty()) land();
   if (first_step_) check_all_used();
   first_step_ = false;

@@ -27,6 +27,12 @@ DEFINE_int32(
     "sharded over data-parallel ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters. Does "
     "not change bits");
 DEFINE_int32(zero_shard_size, 0, "ranks a replica is sharded over, neighbours; 0: all data-parallel ranks");
+DEFINE_int32(pipeline_parallel_size, 1, "stages that the model's layers are cut into, a rank (or group of ranks) each");
+DEFINE_string(pipeline_schedule, "1f1b", "gpipe | 1f1b | interleaved. Does not change bits");
+DEFINE_int32(pipeline_chunks, 0, "pieces that a stage's layers come in; 0: 2 for interleaved, else 1");
+DEFINE_string(pipeline_split, "", "layers of each piece in order, e.g. 3,4,4,1; empty: pieces of like cost");
+DEFINE_string(recompute, "none",
+              "none | selective | full: what backward makes again instead of keeping. Does not change bits");
 DEFINE_int64(bucket_bytes, 25 << 20, "gradients sent together, in bytes; does not change bits");
 DEFINE_string(precision, "fp32", "fp32 | bf16 (autocast; parameters and sums stay fp32)");
 DEFINE_string(reduction, "ordered", "ordered (same bits on any number of ranks) | fast (the back end's own order)");
@@ -59,6 +65,13 @@ std::vector<std::string> split(const std::string& text) {
   return parts;
 }
 
+Recompute recompute_by_name(const std::string& name) {
+  if (name == "none") return Recompute::kNone;
+  if (name == "selective") return Recompute::kSelective;
+  if (name == "full") return Recompute::kFull;
+  throw ConfigError("--recompute=" + name + " is none of none, selective, full");
+}
+
 }  // namespace
 
 void parse_flags(int argc, char** argv, const char* usage, const char* own_file) {
@@ -83,6 +96,11 @@ Options options_from_flags() {
   options.mesh.data = FLAGS_data_parallel_size;
   options.zero_stage = FLAGS_zero_stage;
   options.zero_shard_size = FLAGS_zero_shard_size;
+  options.mesh.pipeline = FLAGS_pipeline_parallel_size;
+  options.pipeline_schedule = FLAGS_pipeline_schedule;
+  options.pipeline_chunks = FLAGS_pipeline_chunks;
+  options.pipeline_split = FLAGS_pipeline_split;
+  options.recompute = recompute_by_name(FLAGS_recompute);
   options.bucket_bytes = FLAGS_bucket_bytes;
   options.precision = FLAGS_precision;
   options.reduction = FLAGS_reduction;

@@ -28,6 +28,17 @@ void resolve_sharding(Options& options) {
               ": gradients are sharded in the ordered form only");
 }
 
+void resolve_pipeline(Options& options) {
+  const bool is_interleaved = options.pipeline_schedule == "interleaved";
+  require(is_interleaved || options.pipeline_schedule == "gpipe" || options.pipeline_schedule == "1f1b",
+          "--pipeline_schedule=" + options.pipeline_schedule + " is none of gpipe, 1f1b, interleaved");
+  if (options.pipeline_chunks == 0) options.pipeline_chunks = is_interleaved && options.mesh.pipeline > 1 ? 2 : 1;
+  require(options.pipeline_chunks >= 1, "--pipeline_chunks=" + num(options.pipeline_chunks) + " must be positive");
+  require(options.pipeline_chunks == 1 || (is_interleaved && options.mesh.pipeline > 1),
+          "--pipeline_chunks=" + num(options.pipeline_chunks) +
+              " needs --pipeline_schedule=interleaved and --pipeline_parallel_size of 2 or more");
+}
+
 }  // namespace
 
 Options resolve(Options options, int world_size) {
@@ -58,6 +69,7 @@ Options resolve(Options options, int world_size) {
               ". Mend: set --global_batch_size=" + num(options.mesh.data * options.micro_batch_size) +
               " or a smaller --micro_batch_size");
   resolve_sharding(options);
+  resolve_pipeline(options);
   options.schedule.total_steps = options.steps;
   optim::learning_rate_at(options.schedule, 0);  // throws on what it does not know
   return options;

@@ -1,41 +1,22 @@
 #include "parallel_model.h"
 
-#include <atomic>
+#include <algorithm>
 #include <map>
 #include <optional>
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <torch/torch.h>
 
 #include <lockstep/base/error.h>
-#include <lockstep/nn/dropout.h>
-#include <lockstep/nn/precision.h>
+#include <lockstep/nn/cpu_allocator.h>
 #include <lockstep/sharding/bucket_layout.h>
 #include <lockstep/sharding/gradient_reducer.h>
+#include <lockstep/sharding/layer_split.h>
 
 namespace lockstep::train {
 namespace {
 
 constexpr int64_t kGatherBytes = int64_t{25} << 20;  // parameters gathered together after an update
-
-// How often each of a model's buffers was written so far.
-std::vector<uint32_t> buffer_versions(const torch::nn::Module& model) {
-  std::vector<uint32_t> versions;
-  for (const at::Tensor& buffer : model.buffers()) versions.push_back(buffer._version());
-  return versions;
-}
-
-// What forward writes depends on which micro-batches ran here, and in which order: on the layout.
-void refuse_written_buffers(const torch::nn::Module& model, const std::vector<uint32_t>& versions_before) {
-  const auto buffers = model.named_buffers();
-  for (size_t i = 0; i < buffers.size(); ++i) {
-    if (buffers[i].value()._version() == versions_before[i]) continue;
-    throw ConfigError("the model's forward writes its buffer " + buffers[i].key() +
-                      ", so its value would depend on the number of ranks. Mend: GroupNorm or LayerNorm instead of "
-                      "BatchNorm; keep other such state in the task");
-  }
-}
 
 void share_storage(const std::vector<at::Tensor>& from, const std::vector<at::Tensor>& to) {
   for (size_t i = 0; i < to.size(); ++i) to[i].set_data(from[i].detach());
@@ -46,12 +27,12 @@ void share_storage(const std::vector<at::Tensor>& from, const std::vector<at::Te
 // What a unit's call means on this rank.
 class ParallelModel::Runner : public UnitRuntime {
  public:
-  explicit Runner(FullySharded* sharded) : sharded_(sharded) {}
+  Runner(FullySharded* sharded, Recompute recompute) : sharded_(sharded), recompute_(recompute) {}
 
   at::Tensor call(size_t unit, const std::function<at::Tensor()>& body) override {
-    if (!sharded_) return body();
+    if (!sharded_) return recompute(recompute_, body);
     sharded_->before_forward(unit);
-    at::Tensor y = body();
+    at::Tensor y = recompute(recompute_, body);  // run again in backward, while the unit is there for its gradients
     sharded_->after_forward(unit);
     if (y.requires_grad()) y.register_hook([this, unit](const at::Tensor&) { sharded_->before_backward(unit); });
     return y;
@@ -59,17 +40,7 @@ class ParallelModel::Runner : public UnitRuntime {
 
  private:
   FullySharded* sharded_;
-};
-
-// What holds while a micro-batch computes.
-struct ParallelModel::Scope {
-  Scope(const Options& options, int64_t step, int64_t leaf)
-      : randomness({options.seed, static_cast<uint64_t>(step), static_cast<uint64_t>(leaf)}) {
-    // Weights that come and go have no place where a copy could be known by.
-    if (options.zero_stage < 3) share_casts.emplace();
-  }
-  nn::StepScope randomness;
-  std::optional<nn::WeightCacheScope> share_casts;
+  Recompute recompute_;
 };
 
 ParallelModel::ParallelModel(const Mesh& mesh, at::Device device, Task& task, const Options& options, LanePool& lanes)
@@ -85,8 +56,14 @@ void ParallelModel::build() {
   for (int lane = 0; lane < lanes_.size(); ++lane) {
     std::optional<WithoutStorage> without_storage;
     if (options_.zero_stage == 3) without_storage.emplace();
+    const nn::MemoryScope memory(nn::MemoryKind::kParameters);
     models_.push_back(task_.make_model());
-    if (auto* stack = dynamic_cast<LayerStack*>(models_.back().get())) stack->build();
+    if (auto* stack = dynamic_cast<LayerStack*>(models_.back().get())) {
+      stack->build(chunks_of(*stack));
+    } else if (options_.mesh.pipeline > 1) {
+      throw ConfigError("the model of task " + task_.name() +
+                        " is no LayerStack, so no pipeline can cut it. Mend: --pipeline_parallel_size=1");
+    }
     if (lane == 0) {
       if (!device_.is_cpu()) models_[0]->to(device_);
     } else {
@@ -95,14 +72,18 @@ void ParallelModel::build() {
     }
   }
   table_ = ParameterTable(*models_[0], mesh_);
-  if (table_.trainable().empty())
+  if (num_parameters() == 0)
     throw ConfigError("the model of task " + task_.name() + " has no parameter that requires a gradient");
+  if (is_pipelined())
+    runner_ = std::make_unique<PipelineRunner>(
+        mesh_.pipeline(), PipelineRunnerOptions{.device = device_, .timeout = options_.runtime.collective_timeout});
 
   const int shards = options_.num_shards(), rank = mesh_.data().rank();
   if (shards > 1) shard_group_ = mesh_.data().split(rank / shards, rank, "shard");
   if (options_.zero_stage == 3) {
     std::vector<ShardedUnit> units;
-    for (const FoundUnit& found : table_.units()) units.push_back({found.name, {}, found.unit == nullptr});
+    for (const FoundUnit& found : table_.units())
+      units.push_back({found.name, {}, part_of(found), found.unit == nullptr});
     for (const ModelParameter& parameter : table_.locals())
       units[parameter.unit].parameters.push_back(parameter.tensor);
     gather_group_ = mesh_.data().split(rank / shards, rank, "gather");
@@ -110,12 +91,33 @@ void ParallelModel::build() {
         std::make_unique<FullySharded>(*gather_group_, std::move(units), options_.runtime.collective_timeout);
   }
   for (const auto& model : models_) {
-    runners_.push_back(std::make_unique<Runner>(fully_sharded_.get()));
+    runners_.push_back(std::make_unique<Runner>(fully_sharded_.get(), options_.recompute));
     const auto units = find_units(*model);
     for (size_t number = 0; number < units.size(); ++number) {
       if (units[number].unit) units[number].unit->bind(runners_.back().get(), number);
     }
   }
+}
+
+// The layers of this rank's stage, chunk by chunk.
+std::vector<LayerStack::Range> ParallelModel::chunks_of(const LayerStack& stack) const {
+  const int stages = options_.mesh.pipeline, positions = stages * options_.pipeline_chunks;
+  const LayerSplit split =
+      options_.pipeline_split.empty()
+          ? split_layers(stack.costs(), positions)
+          : parse_layer_split(options_.pipeline_split, static_cast<int64_t>(stack.num_layers()), positions);
+  std::vector<LayerStack::Range> chunks;
+  for (int chunk = 0; chunk < options_.pipeline_chunks; ++chunk) {
+    const LayerRange range = layers_of_part(split, chunk * stages + mesh_.pipeline().rank());
+    chunks.push_back({static_cast<size_t>(range.begin), static_cast<size_t>(range.end)});
+  }
+  return chunks;
+}
+
+// The chunk that a unit belongs to.
+size_t ParallelModel::part_of(const FoundUnit& unit) const {
+  const auto* stack = dynamic_cast<const LayerStack*>(models_[0].get());
+  return stack && unit.unit ? stack->chunk_of(unit.name) : 0;
 }
 
 void ParallelModel::build_sync() {
@@ -130,12 +132,15 @@ void ParallelModel::build_sync() {
                      .is_tied_away = parameter.is_tied_away,
                      .is_counted = !parameter.is_tied_away || parameter.name == parameter.own_name});
   }
+  std::vector<size_t> parts;
+  for (const FoundUnit& unit : table_.units()) parts.push_back(part_of(unit));
   if (options_.zero_stage >= 2) {
     auto reducer =
         std::make_unique<ShardedReducer>(mesh_.data(), std::move(named),
                                          ShardedReducerOptions{.num_leaves = options_.num_leaves(),
                                                                .num_shards = options_.num_shards(),
                                                                .units = table_.trainable_by_unit(),
+                                                               .parts = parts,
                                                                .on_unit_done =
                                                                    [this](size_t unit) {
                                                                      if (fully_sharded_)
@@ -155,9 +160,14 @@ void ParallelModel::build_sync() {
   }
   for (const auto& model : models_) {
     const auto parameters = model->named_parameters();
-    std::vector<at::Tensor> tensors;
-    for (const size_t i : table_.trainable()) tensors.push_back(parameters[table_.locals()[i].name]);
-    sync_->attach_lane(tensors);
+    for (size_t part = 0; part < static_cast<size_t>(options_.pipeline_chunks); ++part) {  // a pipeline has one model
+      std::vector<at::Tensor> tensors;
+      for (const size_t i : table_.trainable()) {
+        const ModelParameter& parameter = table_.locals()[i];
+        tensors.push_back(parts[parameter.unit] == part ? parameters[parameter.name] : at::Tensor());
+      }
+      sync_->attach_lane(tensors);
+    }
   }
 }
 
@@ -192,6 +202,7 @@ void ParallelModel::build_optimizer() {
     if (bytes >= kGatherBytes) close();
   }
   close();
+  const nn::MemoryScope memory(nn::MemoryKind::kOptimizer);
   optimizer_->attach(std::move(parts));
 }
 
@@ -266,65 +277,6 @@ void ParallelModel::loaded() {
   }
 }
 
-StepReport ParallelModel::compute(int64_t step, int64_t divisor, const std::vector<data::Batch>& batches) {
-  const auto leaves = sync_->leaves();
-  std::vector<LossSum> losses(batches.size());
-  const double weight = 1.0 / static_cast<double>(divisor);
-  nn::begin_step();
-  sync_->begin_step();
-  if (sharded_reducer_) {
-    for (size_t i = 0; i < static_cast<size_t>(sharded_reducer_->num_rounds()); ++i) {
-      if (fully_sharded_ && i < leaves.size()) fully_sharded_->begin(/*with_backward=*/true);
-      if (i < leaves.size()) compute_leaf(0, step, weight, leaves[i], batches[i], losses[i]);
-      if (fully_sharded_ && i < leaves.size()) fully_sharded_->end();
-      if (fully_sharded_ && i >= leaves.size())
-        fully_sharded_->absent(/*with_backward=*/true, [&](size_t unit) { sharded_reducer_->absent_unit(unit); });
-      if (i >= leaves.size()) sharded_reducer_->absent_leaf();
-    }
-  } else {
-    std::atomic<size_t> next{0};
-    lanes_.run([&](int lane) {
-      for (size_t i = next++; i < batches.size(); i = next++)
-        compute_leaf(lane, step, weight, leaves[i], batches[i], losses[i]);
-    });
-  }
-  if (fully_sharded_) fully_sharded_->end_step();
-  first_step_ = false;
-  sync_->fold();
-  return report_of(losses);
-}
-
-void ParallelModel::compute_leaf(int lane, int64_t step, double weight, int64_t leaf, const data::Batch& host_batch,
-                                 LossSum& loss) {
-  auto& model = *models_[lane];
-  const Scope scope(options_, step, leaf);
-  const data::Batch batch = on_device(host_batch);
-  model.train();
-  sync_->begin_leaf(lane, leaf);
-  const auto versions = first_step_ ? buffer_versions(model) : std::vector<uint32_t>();
-  {
-    const nn::AutocastGuard autocast(device_.type(), options_.precision == "bf16");
-    loss = task_.loss(model, batch);
-  }
-  if (first_step_) refuse_written_buffers(model, versions);
-  // The loss is a sum; its gradient carries the divisor, the same on every rank.
-  torch::autograd::backward({loss.sum},
-                            {at::full({}, static_cast<float>(weight), loss.sum.options().requires_grad(false))});
-  sync_->end_leaf(lane);
-  loss = {loss.sum.detach(), loss.correct.defined() ? loss.correct.detach() : at::Tensor()};
-}
-
-StepReport ParallelModel::report_of(const std::vector<LossSum>& losses) {
-  StepReport report;
-  report.squares = sync_->publish();
-  for (const LossSum& leaf : losses) {
-    report.loss.add(leaf.sum.item<float>());
-    report.has_correct |= leaf.correct.defined();
-    if (leaf.correct.defined()) report.correct.add(leaf.correct.item<double>());
-  }
-  return report;
-}
-
 void ParallelModel::update(const optim::StepScalars& scalars) {
   sync_->wait();
   lanes_.run([&](int lane) { optimizer_->step(scalars, lane, lanes_.size()); });
@@ -343,47 +295,8 @@ std::string ParallelModel::name_of_non_finite_gradient() const {
   return "";
 }
 
-StepReport ParallelModel::evaluate(int64_t count, const std::function<data::Batch(int64_t)>& get) {
-  const int64_t ranks = mesh_.data().size(), rounds = (count + ranks - 1) / ranks;
-  std::vector<StepReport> reports(lanes_.size());
-  std::atomic<int64_t> next{0};
-  nn::begin_step();
-  lanes_.run([&](int lane) {
-    const torch::NoGradGuard no_grad;
-    const nn::AutocastGuard autocast(device_.type(), options_.precision == "bf16");
-    auto& model = *models_[lane];
-    model.eval();
-    for (int64_t round = next++; round < rounds; round = next++) {
-      const int64_t number = round * ranks + mesh_.data().rank();
-      if (fully_sharded_ && number >= count) fully_sharded_->absent(/*with_backward=*/false);
-      if (number >= count) continue;
-      if (fully_sharded_) fully_sharded_->begin(/*with_backward=*/false);
-      const Scope scope(options_, /*step=*/0, number);
-      const data::Batch batch = on_device(get(number));
-      const LossSum loss = task_.loss(model, batch);
-      if (fully_sharded_) fully_sharded_->end();
-      StepReport& report = reports[lane];
-      report.loss.add(loss.sum.item<float>());
-      report.count += task_.count(batch);
-      report.has_correct |= loss.correct.defined();
-      if (loss.correct.defined()) report.correct.add(loss.correct.item<double>());
-    }
-  });
-  if (fully_sharded_) fully_sharded_->end_step();
-  StepReport report;
-  for (const StepReport& part : reports) report.merge(part);
-  return report;
-}
-
 std::shared_ptr<torch::nn::Module> ParallelModel::whole() const {
   return fully_sharded_ || mesh_.shape().pipeline > 1 ? nullptr : models_[0];
-}
-
-data::Batch ParallelModel::on_device(const data::Batch& batch) const {
-  if (device_.is_cpu()) return batch;
-  data::Batch moved{{}, batch.valid_samples};
-  for (const auto& tensor : batch.tensors) moved.tensors.push_back(tensor.to(device_, /*non_blocking=*/true));
-  return moved;
 }
 
 }  // namespace lockstep::train

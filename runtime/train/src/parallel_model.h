@@ -15,6 +15,8 @@
 #include <lockstep/sharding/gradient_sync.h>
 #include <lockstep/sharding/layer_stack.h>
 #include <lockstep/sharding/parameter_gather.h>
+#include <lockstep/sharding/pipeline_runner.h>
+#include <lockstep/sharding/recompute.h>
 #include <lockstep/sharding/sharded_reducer.h>
 #include <lockstep/train/options.h>
 #include <lockstep/train/task.h>
@@ -38,6 +40,10 @@ class ParallelModel {
 
   /// Micro-batches of the global batch that this rank sees, ascending.
   std::vector<int64_t> leaves() const { return sync_->leaves(); }
+  /// Whether this rank is the one, of those that see the same micro-batches, that counts them.
+  bool counts_batches() const {
+    return mesh_.pipeline().rank() == 0 && mesh_.context().rank() == 0 && mesh_.tensor().rank() == 0;
+  }
   int64_t num_parameters() const;  ///< of the whole model, trainable ones
 
   void initialize(uint64_t seed);
@@ -66,12 +72,23 @@ class ParallelModel {
   class Runner;
 
   void build();
+  std::vector<LayerStack::Range> chunks_of(const LayerStack& stack) const;
+  size_t part_of(const FoundUnit& unit) const;
   void build_sync();
   void build_optimizer();
   at::Tensor local_part(size_t parameter) const;
-  void compute_leaf(int lane, int64_t step, double weight, int64_t leaf, const data::Batch& batch, LossSum& loss);
-  StepReport report_of(const std::vector<LossSum>& losses);
-  void gather_parameters();
+
+  void compute_in_lanes(int64_t step, const std::vector<data::Batch>& batches, StepReport& report);
+  void compute_in_rounds(int64_t step, const std::vector<data::Batch>& batches, StepReport& report);
+  void compute_in_stages(int64_t step, const std::vector<data::Batch>& batches, StepReport& report);
+  LossSum compute_leaf(int lane, int64_t step, int64_t leaf, const data::Batch& batch);
+  at::Tensor loss_gradient(const at::Tensor& loss) const;
+  void absent_forward(int part);
+  void absent_backward(int part);
+  void join_tied();
+  StepReport evaluate_in_stages(int64_t rounds, int64_t count, const std::function<data::Batch(int64_t)>& get);
+  const PipelineSchedule& schedule(int64_t micro_batches);
+  bool is_pipelined() const { return options_.mesh.pipeline > 1; }
   data::Batch on_device(const data::Batch& batch) const;
 
   const Mesh& mesh_;
@@ -93,6 +110,9 @@ class ParallelModel {
   };
   std::vector<Gather> gathers_;
   std::unique_ptr<optim::Optimizer> optimizer_;
+  std::unique_ptr<PipelineRunner> runner_;
+  PipelineSchedule schedule_;  // of the last step
+  float weight_ = 0;           // of the loss, in this step
   bool first_step_ = true;
 };
 

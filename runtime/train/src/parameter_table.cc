@@ -57,6 +57,13 @@ void ParameterTable::find_ties(const LayerStack* stack) {
   }
 }
 
+const std::vector<int>& ParameterTable::stages_of(const std::string& own_name) const {
+  const auto found =
+      std::find_if(globals_.begin(), globals_.end(), [&](const auto& global) { return global.name == own_name; });
+  LOCKSTEP_CHECK(found != globals_.end()) << own_name << " is no parameter";
+  return found->stages;
+}
+
 std::vector<std::vector<size_t>> ParameterTable::trainable_by_unit() const {
   std::vector<std::vector<size_t>> by_unit(units_.size());
   for (size_t k = 0; k < trainable_.size(); ++k) by_unit[locals_[trainable_[k]].unit].push_back(k);

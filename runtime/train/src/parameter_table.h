@@ -48,6 +48,8 @@ class ParameterTable {
   const std::vector<at::Tensor>& buffers() const { return buffers_; }
   /// Indices into locals() of what is trained.
   const std::vector<size_t>& trainable() const { return trainable_; }
+  /// The pipeline stages that hold a parameter, ascending.
+  const std::vector<int>& stages_of(const std::string& own_name) const;
   /// locals() of each unit, with the trainable ones' numbers among trainable().
   std::vector<std::vector<size_t>> trainable_by_unit() const;
 

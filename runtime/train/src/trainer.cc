@@ -300,7 +300,7 @@ int64_t Trainer::prefetch() {
   int64_t count = 0;
   if (step_ + 1 < options_.steps || next_batches_.empty()) {
     next_batches_ = loader_->next();
-    for (const auto& batch : next_batches_) count += task_.count(batch);
+    for (const auto& batch : next_batches_) count += model_.counts_batches() ? task_.count(batch) : 0;
   }
   return count;
 }

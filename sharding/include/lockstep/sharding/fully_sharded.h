@@ -16,6 +16,7 @@ namespace lockstep {
 struct ShardedUnit {
   std::string name;
   std::vector<at::Tensor> parameters;  ///< f32, with their shapes; storage may be missing
+  size_t part = 0;     ///< of the model: each forward and backward runs through one part (a pipeline stage's chunks)
   bool stays = false;  ///< gathered before the first forward of a step, freed at its end (what lies in no unit)
 };
 
@@ -39,19 +40,22 @@ class FullySharded {
   /// This rank's rows of a parameter: what initialisation, optimizer and checkpoint work on. Always there.
   const at::Tensor& shard(size_t unit, size_t parameter) const;
 
-  // One forward, or one forward and backward: begin(); then for each unit, as the model calls them, before_forward(),
-  // after_forward(); in backward before_backward(), after_backward(); end() frees what is left.
-  void begin(bool with_backward);
+  // One forward, one backward, or one after the other: begin(); then for each unit, as the model calls them,
+  // before_forward(), after_forward(); in backward before_backward(), after_backward(); end() frees what is left.
+  // `both`: backward follows at once, so the last unit of forward stays for it.
+  void begin(bool both = false);
   void before_forward(size_t unit);
   void after_forward(size_t unit);
   void before_backward(size_t unit);
   void after_backward(size_t unit);
   void end();
 
-  /// Takes part in the gathers of a forward (and backward) that other ranks run and this one does not.
-  /// @param on_backward called where other ranks have a unit's gradients: what they send then wants to be received.
-  void absent(
-      bool with_backward, const std::function<void(size_t unit)>& on_backward = [](size_t) {});
+  // Between begin() and end(): takes part in the gathers of a forward or backward that other ranks run and this one
+  // does not. on_backward is called where other ranks have a unit's gradients: what they send then wants to be
+  // received.
+  void absent_forward(size_t part);
+  void absent_backward(size_t part, const std::function<void(size_t unit)>& on_backward);
+
   /// Frees the units that stay: their values are about to change.
   void end_step();
 
@@ -69,7 +73,7 @@ class FullySharded {
   Milliseconds timeout_;
   std::vector<std::unique_ptr<State>> units_;
   std::vector<size_t> order_, seen_;  // of forward: expected, and in this one
-  bool with_backward_ = false;
+  bool both_ = false;
   int alive_ = 0, max_alive_ = 0;
 };
 

@@ -34,8 +34,9 @@ struct NamedParameter {
 /// Turns the gradients of micro-batches into this rank's part of their sum over the global batch.
 ///
 /// Lane: one thread that runs micro-batches of this rank with its own module instance, whose parameters alias lane 0's
-/// storage. Leaf: one micro-batch of the global batch (collectives/ordered_reduction.h). The gradient is taken from the
-/// parameter as soon as autograd has finished it, so the next leaf finds it undefined.
+/// storage; or one part of the model that does so on its own. Leaf: one micro-batch of the global batch
+/// (collectives/ordered_reduction.h). The gradient is taken from the parameter as soon as autograd has finished it, so
+/// the next leaf finds it undefined.
 ///
 /// A step: begin_step(); for each of leaves(), on some lane: begin_leaf(), backward, end_leaf(); fold(); publish();
 /// wait(); then read grad(i) until the next begin_step(). Gradients are sums: the loss carries the divisor.
@@ -46,7 +47,8 @@ class GradientSync {
   GradientSync(const GradientSync&) = delete;
   GradientSync& operator=(const GradientSync&) = delete;
 
-  /// Hooks a lane's parameters, in the order given at construction. @return the lane's number.
+  /// Hooks a lane's parameters, in the order given at construction; undefined where the lane runs but a part of the
+  /// model and the parameter is not in it (a chunk of a pipeline stage). @return the lane's number.
   int attach_lane(const std::vector<at::Tensor>& parameters);
 
   /// The micro-batches of the global batch that this rank computes, ascending.
@@ -101,7 +103,7 @@ class GradientSync {
   friend class GradientHook;
   struct Lane {
     int64_t leaf = -1;
-    std::vector<bool> arrived;
+    std::vector<bool> has, arrived;  // by parameter
   };
 
   void check_parameters_agree();

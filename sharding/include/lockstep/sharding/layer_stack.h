@@ -53,6 +53,9 @@ class LayerStack : public torch::nn::Module {
   void build(const std::vector<Range>& chunks);
   void build() { build({{0, layers_.size()}}); }
 
+  /// The chunk that a layer was built for.
+  size_t chunk_of(const std::string& layer) const;
+
   /// Runs the layers of a chunk.
   at::Tensor run(size_t chunk, at::Tensor x, const std::vector<at::Tensor>& batch);
   /// Runs the whole model on a micro-batch.

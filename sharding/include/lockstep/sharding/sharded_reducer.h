@@ -17,6 +17,9 @@ struct ShardedReducerOptions {
   /// The parameters of each unit of the model, in forward order; together all, each once. A unit's gradients travel
   /// together, the last unit's first.
   std::vector<std::vector<size_t>> units;
+  /// By unit: the part of the model it is in, each part a lane (of attach_lane, in this order) with rounds of its own:
+  /// the chunks of a pipeline stage. Empty: one part. All ranks run the parts' micro-batches in the same order.
+  std::vector<size_t> parts;
   /// Called on the lane's thread when the last gradient of a unit has been taken in this micro-batch: its parameters
   /// are not needed any more.
   std::function<void(size_t unit)> on_unit_done = [](size_t) {};
@@ -27,7 +30,7 @@ struct ShardedReducerOptions {
 ///
 /// Round k: leaf k * N + r runs on rank r; in the last round some ranks may have none. A unit's gradients meet in one
 /// flat bucket, travel to their owners by an all-to-all, and the owner pushes them into a binary counter in the order
-/// of the leaves: the canonical tree, for any number of ranks. One lane.
+/// of the leaves: the canonical tree, for any number of ranks. One thread.
 ///
 /// Memory: a piece, a unit's gradients while they are collected and while they travel (two at most), and log2(leaves)
 /// pieces between rounds. Cost: (N-1)/N x bytes sent each round.
@@ -42,7 +45,7 @@ class ShardedReducer : public GradientSync {
   int64_t num_rounds() const;
   void begin_step() override;
   void end_leaf(int lane) override;
-  void absent_leaf();
+  void absent_leaf(size_t part = 0);
   /// Before absent_leaf(), where something else waits for other ranks between units: takes part in this unit's
   /// exchange.
   void absent_unit(size_t unit);
@@ -55,6 +58,11 @@ class ShardedReducer : public GradientSync {
  private:
   struct Bucket;
   struct Flight;
+  struct Part {
+    std::vector<size_t> buckets;  // in the order they leave
+    int64_t round = 0;
+    size_t next = 0;  // of buckets, to be launched in this round
+  };
 
   void build_buckets();
   void allocate(std::vector<size_t> members, size_t unit);
@@ -62,10 +70,11 @@ class ShardedReducer : public GradientSync {
   bool computes(int64_t leaf) const override {
     return leaf % group_.size() == group_.rank() && leaf < options_.num_leaves;
   }
-  void begin_round();
+  void begin_round(Part& part);
+  size_t part_of(size_t unit) const { return options_.parts.empty() ? 0 : options_.parts[unit]; }
   void deliver(int64_t leaf, size_t parameter, at::Tensor grad) override;
-  void launch_ready_buckets();
-  void launch(size_t bucket);
+  void launch_ready_buckets(Part& part);
+  void launch(size_t bucket, int64_t round);
   void land();
   void push_round(Bucket& bucket, int64_t round, at::Tensor received);
   int participants(int64_t round) const;
@@ -74,13 +83,11 @@ class ShardedReducer : public GradientSync {
 
   ShardedReducerOptions options_;
   std::unique_ptr<ProcessGroup> split_replicas_;
-  std::vector<std::unique_ptr<Bucket>> buckets_;   // in the order they leave; a unit is one, or one for each kind of
-                                                   // parameter
+  std::vector<std::unique_ptr<Bucket>> buckets_;   // a unit is one, or one for each kind of parameter
   std::vector<std::pair<size_t, size_t>> places_;  // by parameter: bucket, place in it
   std::vector<int64_t> unit_missing_;
+  std::vector<Part> parts_;
   std::deque<Flight> flights_;
-  int64_t round_ = 0;
-  size_t next_bucket_ = 0;  // to be launched in this round
   bool first_step_ = true;
 };
 

@@ -7,6 +7,7 @@
 #include <lockstep/collectives/mesh.h>
 #include <lockstep/collectives/runtime.h>
 #include <lockstep/optim/schedule.h>
+#include <lockstep/sharding/recompute.h>
 
 namespace lockstep::train {
 
@@ -29,6 +30,10 @@ struct Options {
   MeshShape mesh;
   int zero_stage = 0;       ///< sharded over data-parallel ranks: 1 optimizer state, 2 and gradients, 3 and parameters
   int zero_shard_size = 0;  ///< ranks a replica is sharded over, neighbours; 0: all data-parallel ranks
+  std::string pipeline_schedule = "1f1b";  ///< gpipe | 1f1b | interleaved
+  int pipeline_chunks = 1;                 ///< pieces a stage's layers come in; interleaved: at least 2
+  std::string pipeline_split;              ///< layers of each piece, "3,4,4,1"; empty: by cost
+  Recompute recompute = Recompute::kNone;
   int64_t bucket_bytes = 25 << 20;
   std::string precision = "fp32";     ///< fp32 | bf16 (autocast over f32 parameters)
   std::string reduction = "ordered";  ///< ordered | fast

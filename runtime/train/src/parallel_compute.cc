@@ -1,0 +1,266 @@
+// ParallelModel's computing half: micro-batches through lanes, or through this rank's stage of a pipeline.
+#include <atomic>
+#include <optional>
+
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
+#include <torch/torch.h>
+
+#include <lockstep/base/error.h>
+#include <lockstep/nn/dropout.h>
+#include <lockstep/nn/precision.h>
+#include <lockstep/sharding/tied.h>
+
+#include "parallel_model.h"
+
+namespace lockstep::train {
+namespace {
+
+// How often each of a model's buffers was written so far.
+std::vector<uint32_t> buffer_versions(const torch::nn::Module& model) {
+  std::vector<uint32_t> versions;
+  for (const at::Tensor& buffer : model.buffers()) versions.push_back(buffer._version());
+  return versions;
+}
+
+// What forward writes depends on which micro-batches ran here, and in which order: on the layout.
+void refuse_written_buffers(const torch::nn::Module& model, const std::vector<uint32_t>& versions_before) {
+  const auto buffers = model.named_buffers();
+  for (size_t i = 0; i < buffers.size(); ++i) {
+    if (buffers[i].value()._version() == versions_before[i]) continue;
+    throw ConfigError("the model's forward writes its buffer " + buffers[i].key() +
+                      ", so its value would depend on the number of ranks. Mend: GroupNorm or LayerNorm instead of "
+                      "BatchNorm; keep other such state in the task");
+  }
+}
+
+void add_loss(StepReport& report, const LossSum& loss) {
+  report.loss.add(loss.sum.item<float>());
+  report.has_correct |= loss.correct.defined();
+  if (loss.correct.defined()) report.correct.add(loss.correct.item<double>());
+}
+
+}  // namespace
+
+// What holds while a micro-batch computes.
+struct ParallelModel::Scope {
+  Scope(const ParallelModel& model, int64_t step, int64_t leaf)
+      : randomness({model.options_.seed, static_cast<uint64_t>(step), static_cast<uint64_t>(leaf)}),
+        autocast(model.device_.type(), model.options_.precision == "bf16") {
+    // Weights that come and go have no place where a copy could be known by.
+    if (model.options_.zero_stage < 3) share_casts.emplace();
+  }
+  nn::StepScope randomness;
+  nn::AutocastGuard autocast;
+  std::optional<nn::WeightCacheScope> share_casts;
+};
+
+StepReport ParallelModel::compute(int64_t step, int64_t divisor, const std::vector<data::Batch>& batches) {
+  StepReport report;
+  weight_ = static_cast<float>(1.0 / static_cast<double>(divisor));
+  nn::begin_step();
+  sync_->begin_step();
+  if (is_pipelined()) {
+    compute_in_stages(step, batches, report);
+  } else if (sharded_reducer_) {
+    compute_in_rounds(step, batches, report);
+  } else {
+    compute_in_lanes(step, batches, report);
+  }
+  if (fully_sharded_) fully_sharded_->end_step();
+  first_step_ = false;
+  sync_->fold();
+  join_tied();
+  report.squares = sync_->publish();
+  return report;
+}
+
+void ParallelModel::compute_in_lanes(int64_t step, const std::vector<data::Batch>& batches, StepReport& report) {
+  const auto leaves = sync_->leaves();
+  std::vector<LossSum> losses(batches.size());
+  std::atomic<size_t> next{0};
+  lanes_.run([&](int lane) {
+    for (size_t i = next++; i < batches.size(); i = next++) losses[i] = compute_leaf(lane, step, leaves[i], batches[i]);
+  });
+  for (const LossSum& loss : losses) add_loss(report, loss);
+}
+
+void ParallelModel::compute_in_rounds(int64_t step, const std::vector<data::Batch>& batches, StepReport& report) {
+  const auto leaves = sync_->leaves();
+  for (size_t round = 0; round < static_cast<size_t>(sharded_reducer_->num_rounds()); ++round) {
+    if (fully_sharded_) fully_sharded_->begin(/*both=*/true);
+    if (round < leaves.size()) {
+      add_loss(report, compute_leaf(0, step, leaves[round], batches[round]));
+    } else {
+      absent_forward(0);
+      absent_backward(0);
+    }
+    if (fully_sharded_) fully_sharded_->end();
+  }
+}
+
+LossSum ParallelModel::compute_leaf(int lane, int64_t step, int64_t leaf, const data::Batch& host_batch) {
+  auto& model = *models_[lane];
+  const data::Batch batch = on_device(host_batch);
+  model.train();
+  sync_->begin_leaf(lane, leaf);
+  const auto versions = first_step_ ? buffer_versions(model) : std::vector<uint32_t>();
+  LossSum loss;
+  {
+    const Scope scope(*this, step, leaf);
+    loss = task_.loss(model, batch);
+  }
+  if (first_step_) refuse_written_buffers(model, versions);
+  // The loss is a sum; its gradient carries the divisor, the same on every rank.
+  torch::autograd::backward({loss.sum}, {loss_gradient(loss.sum)});
+  sync_->end_leaf(lane);
+  return {loss.sum.detach(), loss.correct.defined() ? loss.correct.detach() : at::Tensor()};
+}
+
+at::Tensor ParallelModel::loss_gradient(const at::Tensor& loss) const {
+  return at::full({}, weight_, loss.options().requires_grad(false));
+}
+
+// With gradients that leave after each micro-batch all pipelines run the same schedule, where they have none of its
+// last micro-batches as ranks that only take part in what the others exchange.
+void ParallelModel::compute_in_stages(int64_t step, const std::vector<data::Batch>& batches, StepReport& report) {
+  const auto leaves = sync_->leaves();
+  const auto present = static_cast<int64_t>(leaves.size());
+  const int64_t micro_batches = sharded_reducer_ ? sharded_reducer_->num_rounds() : present;
+  auto& stack = dynamic_cast<LayerStack&>(*models_[0]);
+  stack.train();
+  PipelineCallbacks callbacks;
+  callbacks.forward = [&](int64_t micro_batch, int chunk, const at::Tensor& input) {
+    if (fully_sharded_) fully_sharded_->begin();
+    at::Tensor output;
+    if (micro_batch < present) {
+      const Scope scope(*this, step, leaves[micro_batch]);
+      output = stack.run(chunk, input, on_device(batches[micro_batch]).valid_tensors());
+    } else {
+      absent_forward(chunk);
+      output = input.defined() ? input : at::zeros({}, device_).requires_grad_();
+    }
+    if (fully_sharded_) fully_sharded_->end();
+    return output;
+  };
+  callbacks.loss_gradient = [&](int64_t, const at::Tensor& loss) { return loss_gradient(loss); };
+  callbacks.before_backward = [&](int64_t micro_batch, int chunk) {
+    if (fully_sharded_) fully_sharded_->begin();
+    if (micro_batch < present) {
+      sync_->begin_leaf(chunk, leaves[micro_batch]);
+    } else {
+      absent_backward(chunk);
+    }
+  };
+  callbacks.after_backward = [&](int64_t micro_batch, int chunk) {
+    if (micro_batch < present) sync_->end_leaf(chunk);
+    if (fully_sharded_) fully_sharded_->end();
+  };
+  const auto losses = runner_->run(schedule(micro_batches), callbacks);
+  for (size_t i = 0; i < std::min(losses.size(), leaves.size()); ++i) report.loss.add(losses[i].item<float>());
+}
+
+const PipelineSchedule& ParallelModel::schedule(int64_t micro_batches) {
+  if (schedule_.num_micro_batches != micro_batches || schedule_.stages.empty()) {
+    schedule_ =
+        make_schedule(options_.pipeline_schedule, options_.mesh.pipeline, options_.pipeline_chunks, micro_batches);
+    validate(schedule_);
+  }
+  return schedule_;
+}
+
+void ParallelModel::absent_forward(int part) {
+  if (fully_sharded_) fully_sharded_->absent_forward(part);
+}
+
+void ParallelModel::absent_backward(int part) {
+  const auto exchange = [&](size_t unit) { sharded_reducer_->absent_unit(unit); };
+  if (fully_sharded_) fully_sharded_->absent_backward(part, exchange);
+  sharded_reducer_->absent_leaf(part);
+}
+
+// A weight with one use on this stage and the other elsewhere: both get the sum of both.
+void ParallelModel::join_tied() {
+  for (size_t k = 0; k < table_.trainable().size(); ++k) {
+    const ModelParameter& parameter = table_.locals()[table_.trainable()[k]];
+    if (!parameter.is_tied_away) continue;
+    const auto& stages = table_.stages_of(parameter.own_name);
+    const at::Tensor piece = sync_->piece_of(k);
+    const bool is_first = parameter.name == parameter.own_name;
+    sum_tied_gradients(mesh_.pipeline(), stages.front(), stages.back(), is_first ? piece : at::Tensor(),
+                       is_first ? at::Tensor() : piece, options_.runtime.collective_timeout);
+  }
+}
+
+StepReport ParallelModel::evaluate(int64_t count, const std::function<data::Batch(int64_t)>& get) {
+  const int64_t ranks = mesh_.data().size(), rounds = (count + ranks - 1) / ranks;
+  const torch::NoGradGuard no_grad;
+  for (const auto& model : models_) model->eval();
+  nn::begin_step();
+  StepReport report;
+  const auto number_in = [&](int64_t round) { return round * ranks + mesh_.data().rank(); };
+  if (is_pipelined()) {
+    report = evaluate_in_stages(rounds, count, get);
+  } else {
+    std::vector<StepReport> reports(lanes_.size());
+    std::atomic<int64_t> next{0};
+    lanes_.run([&](int lane) {
+      const torch::NoGradGuard on_this_thread;
+      for (int64_t round = next++; round < rounds; round = next++) {
+        if (fully_sharded_) fully_sharded_->begin();
+        if (number_in(round) < count) {
+          const Scope scope(*this, /*step=*/0, number_in(round));
+          const data::Batch batch = on_device(get(number_in(round)));
+          add_loss(reports[lane], task_.loss(*models_[lane], batch));
+          reports[lane].count += task_.count(batch);
+        } else {
+          absent_forward(0);
+        }
+        if (fully_sharded_) fully_sharded_->end();
+      }
+    });
+    for (const StepReport& part : reports) report.merge(part);
+  }
+  if (fully_sharded_) fully_sharded_->end_step();
+  return report;
+}
+
+StepReport ParallelModel::evaluate_in_stages(int64_t rounds, int64_t count,
+                                             const std::function<data::Batch(int64_t)>& get) {
+  auto& stack = dynamic_cast<LayerStack&>(*models_[0]);
+  const auto number_in = [&](int64_t round) { return round * mesh_.data().size() + mesh_.data().rank(); };
+  StepReport report;
+  PipelineCallbacks callbacks;
+  callbacks.forward = [&](int64_t round, int chunk, const at::Tensor& input) {
+    if (fully_sharded_) fully_sharded_->begin();
+    at::Tensor output;
+    if (number_in(round) < count) {
+      const Scope scope(*this, /*step=*/0, number_in(round));
+      const data::Batch batch = on_device(get(number_in(round)));
+      output = stack.run(chunk, input, batch.valid_tensors());
+      const bool is_last =
+          chunk + 1 == options_.pipeline_chunks && mesh_.pipeline().rank() + 1 == mesh_.pipeline().size();
+      if (is_last) report.count += task_.count(batch);
+    } else {
+      absent_forward(chunk);
+      output = input.defined() ? input : at::zeros({}, device_);
+    }
+    if (fully_sharded_) fully_sharded_->end();
+    return output;
+  };
+  const auto losses =
+      runner_->run(forward_only_schedule(options_.mesh.pipeline, options_.pipeline_chunks, rounds), callbacks);
+  for (size_t i = 0; i < losses.size(); ++i) {
+    if (number_in(static_cast<int64_t>(i)) < count) report.loss.add(losses[i].item<float>());
+  }
+  return report;
+}
+
+data::Batch ParallelModel::on_device(const data::Batch& batch) const {
+  if (device_.is_cpu()) return batch;
+  data::Batch moved{{}, batch.valid_samples};
+  for (const auto& tensor : batch.tensors) moved.tensors.push_back(tensor.to(device_, /*non_blocking=*/true));
+  return moved;
+}
+
+}  // namespace lockstep::train
