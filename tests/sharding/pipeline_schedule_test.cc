@@ -90,6 +90,13 @@ TEST(PipelineScheduleTest, AShortLastGroupCostsLessThanFillingItUp) {
   });
 }
 
+TEST(PipelineScheduleTest, SlotsLeftOutAreSpreadSoThatTheyCostLittle) {
+  // Ticks, all left out at the end: 57, 73, 123.
+  EXPECT_EQ(chart(interleaved_schedule(4, 2, 7)).num_ticks, 52);
+  EXPECT_EQ(chart(interleaved_schedule(4, 2, 10)).num_ticks, 70);
+  EXPECT_EQ(chart(interleaved_schedule(4, 2, 17)).num_ticks, 113);
+}
+
 TEST(PipelineScheduleTest, IsFoundByItsName) {
   EXPECT_EQ(make_schedule("1f1b", 4, 1, 8).stages, schedule_1f1b(4, 8).stages);
   EXPECT_EQ(make_schedule("gpipe", 4, 1, 8).stages, gpipe_schedule(4, 8).stages);
