@@ -24,11 +24,8 @@ class Later {
   explicit Later(const at::Tensor& tensor)
       : kept_(is_parameter(tensor) ? tensor : tensor.detach()), version_(tensor._version()) {}
   Later(const at::Tensor& tensor, std::shared_ptr<Remake> source);
-  ~Later();
-  Later(const Later&) = delete;
-  Later& operator=(const Later&) = delete;
 
-  at::Tensor get();
+  at::Tensor get() const;
 
  private:
   at::Tensor kept_;
@@ -36,10 +33,10 @@ class Later {
   std::shared_ptr<Remake> source_;
   std::vector<int64_t> sizes_, strides_;
   int64_t offset_ = 0;
-  bool is_served_ = false;
 };
 
-// How one output is made. Once made, it is held until everybody who wants it has had it.
+// How one output is made: once, for all that ask. Gone with the last of them, which is soon: autograd drops what an
+// operation saved when it is done with it.
 class Remake {
  public:
   Remake(std::vector<std::unique_ptr<Later>> inputs, nn::RemakeListener::Make make, const at::Tensor& output,
@@ -50,20 +47,10 @@ class Remake {
         nbytes_(output.storage().nbytes()),
         hooks_(std::move(hooks)) {}
 
-  void expect() {
-    const std::lock_guard lock(mutex_);
-    ++waiting_;
-  }
-  at::Tensor serve(bool& is_served) {
+  const at::Tensor& get() {
     const std::lock_guard lock(mutex_);
     if (!made_.defined()) made_ = make();
-    if (!is_served) --waiting_;
-    is_served = true;
-    return waiting_ > 0 ? made_ : std::move(made_);
-  }
-  void give_up(bool is_served) {
-    const std::lock_guard lock(mutex_);
-    if (!is_served && --waiting_ == 0) made_.reset();
+    return made_;
   }
 
   const at::ScalarType dtype;
@@ -90,25 +77,18 @@ class Remake {
   Environment environment_;
   std::mutex mutex_;
   at::Tensor made_;
-  int waiting_ = 0;
 };
 
 Later::Later(const at::Tensor& tensor, std::shared_ptr<Remake> source)
     : source_(std::move(source)),
       sizes_(tensor.sizes().vec()),
       strides_(tensor.strides().vec()),
-      offset_(tensor.storage_offset()) {
-  source_->expect();
-}
+      offset_(tensor.storage_offset()) {}
 
-Later::~Later() {
-  if (source_) source_->give_up(is_served_);
-}
-
-at::Tensor Later::get() {
+at::Tensor Later::get() const {
   if (source_) {
     const at::NoGradGuard no_grad;
-    return source_->serve(is_served_).as_strided(sizes_, strides_, offset_);
+    return source_->get().as_strided(sizes_, strides_, offset_);
   }
   LOCKSTEP_CHECK(kept_._version() == version_)
       << "a tensor of " << kept_.sizes() << " saved for backward was changed in place: version " << version_

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <thread>
 
+#include <ATen/autocast_mode.h>
 #include <ATen/native/Resize.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -135,6 +136,41 @@ TEST_F(RecomputeTest, BackwardMayRunOnAnotherThreadInAnotherState) {
   }
 }
 
+// Looks at the thread's state where a second run has just ended.
+struct Probe : torch::autograd::Function<Probe> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x) {
+    ctx->save_for_backward({x});
+    return x.clone();
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& grads) {
+    ctx->get_saved_variables();
+    EXPECT_FALSE(at::GradMode::is_enabled());
+    EXPECT_FALSE(nn::is_bf16());
+    EXPECT_EQ(at::autocast::get_autocast_dtype(at::kCPU), at::kHalf);
+    EXPECT_EQ(nn::step_key().leaf, 3u);
+    EXPECT_FALSE(nn::WeightCacheScope::is_on());
+    return grads;
+  }
+};
+
+TEST_F(RecomputeTest, TheRestOfBackwardFindsItsOwnStateAgain) {
+  const at::Tensor x = normal({4}, 1).requires_grad_();
+  for (const auto how : {Recompute::kSelective, Recompute::kFull}) {
+    at::Tensor y;
+    {
+      const nn::StepScope randomness({5, 7, 0});
+      const nn::WeightCacheScope share_casts;
+      const nn::AutocastGuard autocast(at::kCPU, true);
+      y = recompute(how, [=] { return Probe::apply(nn::gelu(x)); });
+    }
+    const nn::StepScope randomness({1, 2, 3});
+    at::autocast::set_autocast_dtype(at::kCPU, at::kHalf);
+    y.sum().backward();
+    at::autocast::set_autocast_dtype(at::kCPU, at::kBFloat16);
+  }
+}
+
 TEST_F(RecomputeTest, TheOutermostOfNestedCallsDecides) {
   Stack stack(3, {}, /*is_llama=*/false);
   const at::Tensor x = normal({2, 12, 32}, 1).requires_grad_();
@@ -225,6 +261,21 @@ TEST_F(RecomputeTest, AnInputChangedInPlaceInBetweenIsNamed) {
     x.add_(1);
     EXPECT_THAT(failure_of([&] { y.sum().backward(); }), HasSubstr("version")) << static_cast<int>(how);
   }
+}
+
+TEST_F(RecomputeTest, AnOutputChangedInPlaceIsNotTakenForWhatItsFunctionMade) {
+  const at::Tensor x = normal({4, 8}, 1).requires_grad_(), w = normal({4, 8}, 2).requires_grad_();
+  std::vector<std::vector<at::Tensor>> all;
+  for (const auto how : {Recompute::kNone, Recompute::kSelective, Recompute::kFull}) {
+    const at::Tensor y = recompute(how, [=] {
+      const at::Tensor h = nn::rms_norm(nn::gelu(x), at::ones({8}), 1e-5);
+      h.mul_(3);
+      return h * w;
+    });
+    all.push_back(torch::autograd::grad({y.sum()}, {x, w}));
+  }
+  EXPECT_EQ(num_different(all[0], all[1]), 0);
+  EXPECT_EQ(num_different(all[0], all[2]), 0);
 }
 
 TEST_F(RecomputeTest, BackwardInsideALayerIsRefused) {

@@ -152,6 +152,20 @@ TEST(TraceTest, ThreadsAtOnceLoseNothing) {
   for (const int track : tracks) EXPECT_EQ(next[track], 2000);
 }
 
+TEST(TraceTest, EveryDroppedEventIsCounted) {
+  Trace trace(1);
+  const int track = trace.track("compute");
+  trace.start();
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 4; ++i) {
+    threads.emplace_back([&] {
+      for (int event = 0; event < 200'000; ++event) trace.record(track, "event", "x", event, 1);
+    });
+  }
+  for (auto& thread : threads) thread.join();
+  EXPECT_EQ(trace.num_dropped(), 4 * 200'000 - 1);
+}
+
 TEST(TraceTest, OddNamesAndPaddingComeThrough) {
   Trace trace(4);
   const int track = trace.track("a \"quoted\"\nrow");
