@@ -59,7 +59,7 @@ class ProcessGroup {
   virtual int rank() const = 0;
   virtual int size() const = 0;
   virtual const std::string& name() const = 0;  ///< e.g. "world", "data"; in every error message
-  virtual const char* backend() const = 0;      ///< "local", "mpi", "nccl", later "shm"
+  virtual const char* backend() const = 0;      ///< "local", "shm", "two_level", "mpi", "nccl"
 
   /// Replaces `tensor` by the elementwise sum (max, min) over all ranks, in the back end's own order (`fast`).
   /// For bits that do not depend on the layout use ordered_reduction.h.
@@ -82,6 +82,10 @@ class ProcessGroup {
   virtual Work send(at::Tensor tensor, int to, int tag = 0, Milliseconds timeout = kDefaultTimeout) = 0;
   virtual Work recv(at::Tensor tensor, int from, int tag = 0, Milliseconds timeout = kDefaultTimeout) = 0;
   virtual void barrier(Milliseconds timeout = kDefaultTimeout) = 0;
+
+  /// A tensor [numel] in memory that the peers of this group reach too, where the back end has such (shm): collectives
+  /// on it, or on a part of it, copy less. Anywhere else plain memory. Not collective; valid after close().
+  virtual at::Tensor empty_mapped(int64_t numel, at::ScalarType dtype);
 
   /// Ranks with equal `color` form a group, ordered by `key`, then rank. Collective over this group.
   virtual std::unique_ptr<ProcessGroup> split(int color, int key, const std::string& name) = 0;
