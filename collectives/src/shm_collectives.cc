@@ -65,7 +65,7 @@ class Collective : public ShmExchange {
   int64_t bytes(int64_t elements) const { return elements * itemsize_; }
   // Elements of each of `lanes` parts of a ring's round, whole lines.
   int64_t elements_of_lane(int lanes) const {
-    return std::max(kLine, kShmRoundBytes / lanes / kLine * kLine) / itemsize_;
+    return std::max(kLine, channel_->options.round_bytes / lanes / kLine * kLine) / itemsize_;
   }
   void deliver(std::byte* to, const std::byte* from, int64_t bytes, int64_t whole_bytes) const {
     whole_bytes >= kPastCachesBytes ? copy_past_caches(to, from, bytes) : copy_bytes(to, from, bytes);
@@ -118,7 +118,7 @@ class LargeAllReduce : public Collective {
       : Collective(std::move(channel), heading(ShmCall::kAllReduce, tensor, op), tensor, timeout),
         data_(mutable_data_of(tensor)),
         numel_(tensor.numel()),
-        each_(kShmRoundBytes / itemsize_),
+        each_(channel_->options.round_bytes / itemsize_),
         op_(op),
         terms_(size_) {
     keep(tensor);
@@ -197,7 +197,7 @@ class ReduceScatter : public Collective {
         terms_(size_) {
     keep(input);
     keep(output);
-    if (bytes(input.numel()) <= kShmSlotBytes) {
+    if (bytes(input.numel()) <= channel_->options.letter_bytes) {
       place_ = bring_in_slot(bytes(input.numel()));
     } else {
       bring(input);
@@ -250,7 +250,7 @@ class AllGather : public Collective {
     keep(output);
     std::partial_sum(counts_.begin(), counts_.end() - 1, offsets_.begin() + 1);
     const int64_t most = *std::max_element(counts_.begin(), counts_.end());
-    if (bytes(most) <= kShmSlotBytes) {
+    if (bytes(most) <= channel_->options.letter_bytes) {
       place_ = bring_in_slot(bytes(counts_[me_]));
     } else {
       bring(input);
@@ -304,10 +304,10 @@ class AllToAll : public Collective {
     std::partial_sum(counts_.begin(), counts_.end() - 1, offsets_.begin() + 1);
     std::partial_sum(wanted_.begin(), wanted_.end() - 1, out_offsets_.begin() + 1);
     const int64_t table = int64_t{2} * size_ * static_cast<int64_t>(sizeof(int64_t));
-    LOCKSTEP_CHECK(table <= kShmSlotBytes) << "an all_to_all of " << size_ << " ranks of one node";
+    LOCKSTEP_CHECK(table <= kShmLetterBytes) << "an all_to_all of " << size_ << " ranks of one node";
     rounds_ = rounds_for(*std::max_element(counts_.begin(), counts_.end()), each_);
-    if (table + bytes(input.numel()) <= kShmSlotBytes) {
-      bring_in_slot(kShmSlotBytes);
+    if (table + bytes(input.numel()) <= channel_->options.letter_bytes) {
+      bring_in_slot(kShmLetterBytes);
       is_small_ = true;
     } else {
       bring(input);
@@ -373,7 +373,7 @@ class Broadcast : public Collective {
     keep(tensor);
     rounds_ = rounds_for(numel_, each_);
     if (me_ != heading.root) return;
-    if (bytes(numel_) <= kShmSlotBytes) {
+    if (bytes(numel_) <= channel_->options.letter_bytes) {
       place_ = bring_in_slot(bytes(numel_));
     } else {
       bring(tensor);
@@ -401,6 +401,72 @@ class Broadcast : public Collective {
   std::byte* place_ = nullptr;
 };
 
+// A rank's letter tells where each of its tensors lies.
+class Show : public ShmExchange {
+ public:
+  Show(std::shared_ptr<ShmChannel> channel, std::vector<at::Tensor> tensors, Milliseconds timeout)
+      : ShmExchange(std::move(channel), {.call = ShmCall::kShow}, timeout) {
+    LOCKSTEP_CHECK(tensors.size() * sizeof(int64_t) <= kShmLetterBytes) << tensors.size() << " tensors to show";
+    for (const at::Tensor& tensor : tensors) {
+      keep(tensor);
+      const auto bytes = static_cast<int64_t>(tensor.nbytes());
+      auto offset = channel_->memory->offset_of(tensor.const_data_ptr(), bytes);
+      if (!offset && bytes > 0) {
+        copies_.push_back(channel_->memory->allocate(bytes));
+        if (!copies_.back()) no_memory_left();
+        copy_bytes(copies_.back().data(), data_of(tensor), bytes);
+        offset = copies_.back().offset();
+      }
+      offsets_.push_back(offset.value_or(0));
+    }
+    rounds_ = 1;
+    must_linger_ = true;
+  }
+
+  const void* data(int rank, size_t index) const {
+    const int64_t offset = reinterpret_cast<const int64_t*>(letter(rank))[index];
+    return channel_->memory->at(channel_->arenas[rank], offset);
+  }
+  void wait_for_all() {
+    wait_until([this] { return have_met(); });
+  }
+  void done() {
+    is_read_ = true;
+    wait();
+  }
+  bool poll_for_all() {
+    move_on();
+    return have_met();
+  }
+
+ private:
+  void post() override {
+    copy_bytes(letter(channel_->rank), reinterpret_cast<const std::byte*>(offsets_.data()),
+               static_cast<int64_t>(offsets_.size() * sizeof(int64_t)));
+  }
+  bool may_take() const override { return is_read_; }
+  void keep_rest_for_ever() override {
+    for (auto& copy : copies_) keep_for_ever({}, std::move(copy));
+  }
+
+  std::vector<int64_t> offsets_;
+  std::vector<ShmMemory::Block> copies_;
+  std::atomic<bool> is_read_{false};
+};
+
+class ShownByShm : public Shown {
+ public:
+  ShownByShm(std::shared_ptr<ShmChannel> channel, std::vector<at::Tensor> tensors, Milliseconds timeout)
+      : show_(std::move(channel), std::move(tensors), timeout) {}
+  bool poll() override { return show_.poll_for_all(); }
+  void wait() override { show_.wait_for_all(); }
+  const void* data(int rank, size_t index) const override { return show_.data(rank, index); }
+  void done() override { show_.done(); }
+
+ private:
+  ShmStarted<Show> show_;
+};
+
 class Forwarded : public ShmOperation {
  public:
   Forwarded(std::shared_ptr<ShmChannel> channel, std::string doing, Work work, Milliseconds timeout)
@@ -423,7 +489,7 @@ ShmWork shm_barrier(std::shared_ptr<ShmChannel> channel, Milliseconds timeout) {
 ShmWork shm_all_reduce(std::shared_ptr<ShmChannel> channel, const at::Tensor& tensor, ReduceOp op,
                        Milliseconds timeout) {
   const auto bytes = static_cast<int64_t>(tensor.nbytes());
-  if (bytes * std::max(1, channel->size - 1) <= kShmSlotBytes)
+  if (bytes * std::max(1, channel->size - 1) <= channel->options.letter_bytes)
     return std::make_unique<ShmStarted<SmallAllReduce>>(std::move(channel), tensor, op, timeout);
   return std::make_unique<ShmStarted<LargeAllReduce>>(std::move(channel), tensor, op, timeout);
 }
@@ -449,6 +515,11 @@ ShmWork shm_broadcast(std::shared_ptr<ShmChannel> channel, const at::Tensor& ten
   ShmHeading call = heading(ShmCall::kBroadcast, tensor);
   call.root = root;
   return std::make_unique<ShmStarted<Broadcast>>(std::move(channel), call, tensor, timeout);
+}
+
+std::unique_ptr<Shown> shm_show(std::shared_ptr<ShmChannel> channel, std::vector<at::Tensor> tensors,
+                                Milliseconds timeout) {
+  return std::make_unique<ShownByShm>(std::move(channel), std::move(tensors), timeout);
 }
 
 ShmWork shm_forwarded(std::shared_ptr<ShmChannel> channel, std::string doing, Work work, Milliseconds timeout) {

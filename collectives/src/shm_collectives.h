@@ -21,6 +21,8 @@ ShmWork shm_all_to_all(std::shared_ptr<ShmChannel> channel, const at::Tensor& ou
                        std::span<const int64_t> receive_counts, std::span<const int64_t> send_counts,
                        Milliseconds timeout);
 ShmWork shm_broadcast(std::shared_ptr<ShmChannel> channel, const at::Tensor& tensor, int root, Milliseconds timeout);
+std::unique_ptr<Shown> shm_show(std::shared_ptr<ShmChannel> channel, std::vector<at::Tensor> tensors,
+                                Milliseconds timeout);
 /// An operation of another group that is to move on while this memory's are waited for.
 ShmWork shm_forwarded(std::shared_ptr<ShmChannel> channel, std::string doing, Work work, Milliseconds timeout);
 

@@ -38,8 +38,10 @@ std::vector<T> all_gather_values(ProcessGroup& group, const T& mine) {
 }
 
 // Collective over `control`, whose ranks have the arenas `arena` of `memory`.
-std::shared_ptr<ShmChannel> make_channel(std::shared_ptr<ShmMemory> memory, ProcessGroup& control) {
+std::shared_ptr<ShmChannel> make_channel(std::shared_ptr<ShmMemory> memory, ProcessGroup& control, ShmOptions options) {
   auto channel = std::make_shared<ShmChannel>();
+  LOCKSTEP_CHECK(options.letter_bytes <= kShmLetterBytes) << "letters of " << options.letter_bytes << " bytes";
+  channel->options = options;
   channel->name = control.name();
   channel->rank = control.rank();
   channel->size = control.size();
@@ -63,8 +65,8 @@ std::shared_ptr<ShmChannel> make_channel(std::shared_ptr<ShmMemory> memory, Proc
 
 class ShmGroup : public ProcessGroup {
  public:
-  ShmGroup(std::unique_ptr<ProcessGroup> control, std::shared_ptr<ShmMemory> memory)
-      : control_(std::move(control)), channel_(make_channel(std::move(memory), *control_)) {}
+  ShmGroup(std::unique_ptr<ProcessGroup> control, std::shared_ptr<ShmMemory> memory, ShmOptions options)
+      : control_(std::move(control)), channel_(make_channel(std::move(memory), *control_, options)) {}
 
   int rank() const override { return channel_->rank; }
   int size() const override { return channel_->size; }
@@ -127,18 +129,24 @@ class ShmGroup : public ProcessGroup {
     shm_barrier(channel_, timeout)->wait();
   }
 
-  at::Tensor empty_mapped(int64_t numel, at::ScalarType dtype) override {
+  at::Tensor empty_mapped(int64_t numel, at::TensorOptions options) override {
+    if (!options.device().is_cpu()) return ProcessGroup::empty_mapped(numel, options);
     auto block = std::make_shared<ShmMemory::Block>(
-        channel_->memory->allocate(numel * static_cast<int64_t>(c10::elementSize(dtype))));
-    if (!*block) return ProcessGroup::empty_mapped(numel, dtype);
+        channel_->memory->allocate(numel * static_cast<int64_t>(options.dtype().itemsize())));
+    if (!*block) return ProcessGroup::empty_mapped(numel, options);
     void* data = block->data();
     return at::from_blob(
-        data, {numel}, [block = std::move(block)](void*) mutable { block.reset(); }, at::TensorOptions(dtype));
+        data, {numel}, [block = std::move(block)](void*) mutable { block.reset(); }, options);
+  }
+
+  std::unique_ptr<Shown> show(std::vector<at::Tensor> tensors, Milliseconds timeout) override {
+    channel_->refuse_if_broken("show");
+    return shm_show(channel_, std::move(tensors), timeout);
   }
 
   std::unique_ptr<ProcessGroup> split(int color, int key, const std::string& name) override {
     channel_->refuse_if_broken("split");
-    return std::make_unique<ShmGroup>(control_->split(color, key, name), channel_->memory);
+    return std::make_unique<ShmGroup>(control_->split(color, key, name), channel_->memory, channel_->options);
   }
 
   // The mailbox is not used again: a peer may look into it once more.
@@ -165,9 +173,9 @@ class ShmGroup : public ProcessGroup {
 
 }  // namespace
 
-std::unique_ptr<ProcessGroup> make_shm_group(std::unique_ptr<ProcessGroup> control) {
+std::unique_ptr<ProcessGroup> make_shm_group(std::unique_ptr<ProcessGroup> control, ShmOptions options) {
   auto memory = ShmMemory::make(*control);
-  return std::make_unique<ShmGroup>(std::move(control), std::move(memory));
+  return std::make_unique<ShmGroup>(std::move(control), std::move(memory), options);
 }
 
 std::vector<int> node_of_ranks(ProcessGroup& group) {

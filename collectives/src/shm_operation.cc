@@ -20,8 +20,8 @@ void pause() {
 #endif
 }
 
-// A peer that is late may still read and write what an operation that was given up had shown: that stays until the
-// process ends.
+}  // namespace
+
 void keep_for_ever(std::vector<at::Tensor> tensors, ShmMemory::Block block) {
   struct Kept {
     std::vector<at::Tensor> tensors;
@@ -32,8 +32,6 @@ void keep_for_ever(std::vector<at::Tensor> tensors, ShmMemory::Block block) {
   const std::lock_guard lock(mutex);
   all.push_back({std::move(tensors), std::move(block)});
 }
-
-}  // namespace
 
 std::string ShmHeading::text() const {
   static constexpr const char* kNames[] = {"barrier",   "all_reduce", "reduce_scatter", "all_gather", "all_to_all",
@@ -122,24 +120,15 @@ void ShmOperation::move_others_on() {
   }
 }
 
-bool ShmOperation::poll() { return move_on() == Progress::kDone; }
-
 void ShmOperation::wait() {
-  for (int64_t idle = 0;;) {
-    const Progress progress = move_on();
-    if (progress == Progress::kDone) return;
-    if (progress == Progress::kSome) {
-      idle = 0;
-      continue;
-    }
-    if (++idle < channel_->num_spins) {
-      pause();
-      continue;
-    }
-    move_others_on();
-    sched_yield();
-    if (idle % 16 == 0 && std::chrono::steady_clock::now() > deadline_) time_out();
-  }
+  wait_until([this] { return is_done(); });
+}
+
+void ShmOperation::wait_a_little(int64_t idle) {
+  if (idle < channel_->num_spins) return pause();
+  move_others_on();
+  sched_yield();
+  if (idle % 16 == 0 && std::chrono::steady_clock::now() > deadline_) time_out();
 }
 
 void ShmOperation::time_out() {
@@ -170,8 +159,8 @@ void ShmExchange::bring_mapped(int64_t offset) {
 }
 
 void ShmExchange::bring_ring() {
-  ring_ = channel_->memory->allocate(kShmRoundBytes * kShmDepth);
-  if (!ring_) throw CollectiveError(channel_->describe(doing()) + ": no shared memory is left");
+  ring_ = channel_->memory->allocate(channel_->options.round_bytes * kShmDepth);
+  if (!ring_) no_memory_left();
   source_ = ring_.offset();
   has_ring_ = true;
   must_linger_ = true;
@@ -183,8 +172,13 @@ void ShmExchange::bring(const at::Tensor& tensor) {
   offset ? bring_mapped(*offset) : bring_ring();
 }
 
+void ShmExchange::no_memory_left() {
+  channel_->is_broken = true;  // the others wait for a call that does not come
+  throw CollectiveError(channel_->describe(doing()) + ": no shared memory is left");
+}
+
 std::byte* ShmExchange::source(int rank, uint64_t round) const {
-  const int64_t part = is_whole(rank) ? 0 : static_cast<int64_t>(round % kShmDepth) * kShmRoundBytes;
+  const int64_t part = is_whole(rank) ? 0 : static_cast<int64_t>(round % kShmDepth) * channel_->options.round_bytes;
   return channel_->memory->at(channel_->arenas[rank], slot(rank).source + part);
 }
 
@@ -233,7 +227,8 @@ ShmOperation::Progress ShmExchange::advance() {
     if (!all_have_posted()) return moved ? Progress::kSome : Progress::kNone;
     compare();
     meet();
-    have_met_ = moved = true;
+    have_met_ = true;
+    moved = true;
   }
   moved |= run();
   const bool is_over =
@@ -266,7 +261,7 @@ bool ShmExchange::run() {
     moved = true;
   }
   const uint64_t next = mine_[kTaken] + 1;
-  if (next <= rounds_ &&
+  if (next <= rounds_ && may_take() &&
       (is_pushed_ ? mine_[kFolded] >= next
                   : is_behind_all(has_fold_ ? kFolded : kStaged, next) && (!has_fold_ || mine_[kFolded] >= next))) {
     step(kTaken);

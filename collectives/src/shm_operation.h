@@ -10,6 +10,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <lockstep/collectives/shm_group.h>
+
 #include "ordered_fold.h"
 #include "shm_memory.h"
 
@@ -23,9 +25,8 @@ namespace lockstep {
 enum class ShmCall : uint8_t { kBarrier, kAllReduce, kReduceScatter, kAllGather, kAllToAll, kBroadcast, kShow };
 
 constexpr int kShmSlots = 16;
-constexpr int64_t kShmSlotBytes = 8192;                 // a source up to this size lies in the slot
-constexpr int64_t kShmRoundBytes = int64_t{128} << 10;  // what a rank puts into its ring at a time
-constexpr int kShmDepth = 4;                            // rounds in the ring
+constexpr int64_t kShmLetterBytes = 8192;  // room for a source, or a table, with each slot
+constexpr int kShmDepth = 4;               // rounds in the ring
 
 struct ShmHeading {  // what must agree over the ranks
   ShmCall call = ShmCall::kBarrier;
@@ -54,12 +55,13 @@ static_assert(sizeof(ShmSlot) == 128 && std::atomic<uint64_t>::is_always_lock_fr
 struct ShmMailbox {
   alignas(64) std::atomic<uint64_t> done{0};  // all calls below
   ShmSlot slots[kShmSlots];
-  alignas(4096) std::byte letters[kShmSlots][kShmSlotBytes];
+  alignas(4096) std::byte letters[kShmSlots][kShmLetterBytes];
 };
 
 /// A group's end of its shared memory; lives as long as the group or any operation of it.
 struct ShmChannel {
   std::shared_ptr<ShmMemory> memory;
+  ShmOptions options;
   std::string name;
   int rank = 0, size = 1;
   std::vector<int> arenas;                 // whose arena, by rank of the group
@@ -89,7 +91,7 @@ class ShmOperation : public Work::Operation {
   ShmOperation(const ShmOperation&) = delete;
   ShmOperation& operator=(const ShmOperation&) = delete;
   void wait() final;
-  bool poll() final;
+  bool poll() final { return move_on() == Progress::kDone; }
   void keep(const at::Tensor& tensor) { kept_.push_back(tensor); }
 
  protected:
@@ -97,8 +99,12 @@ class ShmOperation : public Work::Operation {
   friend class ShmStarted;
   void enter();           ///< first move; from now on others move it on too
   void leave() noexcept;  ///< one that is not done breaks its group
+  template <typename Condition>
+  void wait_until(const Condition& is_so);
+  bool is_done() const { return is_done_; }
   virtual void keep_rest_for_ever() {}
   enum class Progress { kNone, kSome, kDone };
+  Progress move_on();
   virtual Progress advance() = 0;                    ///< under the progress mutex; never waits
   virtual std::string doing() const = 0;             ///< "all_reduce (sum) of 5 Float (call 3)"
   virtual std::string absent() const { return ""; }  ///< which ranks are waited for
@@ -106,16 +112,25 @@ class ShmOperation : public Work::Operation {
   const std::shared_ptr<ShmChannel> channel_;
 
  private:
-  Progress move_on();
+  void wait_a_little(int64_t idle);
   void move_others_on();
   [[noreturn]] void time_out();
 
   Milliseconds timeout_;
   std::chrono::steady_clock::time_point deadline_;
-  bool is_done_ = false;
+  std::atomic<bool> is_done_{false};
   std::exception_ptr failure_;
   std::vector<at::Tensor> kept_;
 };
+
+template <typename Condition>
+void ShmOperation::wait_until(const Condition& is_so) {
+  for (int64_t idle = 0;;) {
+    const Progress progress = move_on();
+    if (is_so()) return;
+    progress == Progress::kSome ? void(idle = 0) : wait_a_little(++idle);
+  }
+}
 
 /// The most derived class of every operation: others may call it from the end of its construction to the start of its
 /// destruction.
@@ -140,17 +155,21 @@ class ShmExchange : public ShmOperation {
  protected:
   void keep_rest_for_ever() override;
   /// This rank's source, if it has one. Call one of them in the constructor.
-  std::byte* bring_in_slot(int64_t bytes);  ///< at most kShmSlotBytes; filled when post() runs
+  std::byte* bring_in_slot(int64_t bytes);  ///< at most kShmLetterBytes; filled when post() runs
   void bring_mapped(int64_t offset);
   void bring_ring();
   /// The tensor where it lies, or by the ring.
   void bring(const at::Tensor& tensor);
+
+  [[noreturn]] void no_memory_left();
 
   virtual void post() {}  ///< the slot is this rank's: writes what lies in it
   virtual void meet() {}  ///< all ranks' slots may be read
   virtual void stage(uint64_t) {}
   virtual void fold_round(uint64_t) {}
   virtual void take(uint64_t) {}
+  virtual bool may_take() const { return true; }
+  bool have_met() const { return have_met_; }
 
   bool is_whole(int rank) const { return slot(rank).is_whole != 0; }
   /// Start of the source of `rank`, of the part of its ring for `round` if it has one.
@@ -177,12 +196,17 @@ class ShmExchange : public ShmOperation {
   void step(ShmStep which);
 
   const uint64_t call_;
-  bool is_posted_ = false, have_met_ = false, has_ring_ = false;
+  bool is_posted_ = false, has_ring_ = false;
+  std::atomic<bool> have_met_{false};
   int64_t source_ = 0;
   int num_posted_ = 0;                                   // ranks below have
   std::array<uint64_t, kNumShmSteps> mine_{}, least_{};  // rounds behind this rank, behind all others as last seen
   ShmMemory::Block ring_;
 };
+
+/// A peer that is late may still read and write what an operation that was given up had shown: it stays until the
+/// process ends.
+void keep_for_ever(std::vector<at::Tensor> tensors, ShmMemory::Block block);
 
 /// Copies past the caches where `bytes` is a part of something large that nobody reads soon.
 void copy_past_caches(std::byte* to, const std::byte* from, int64_t bytes);
