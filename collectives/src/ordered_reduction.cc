@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <bit>
 #include <numeric>
 
 #include <ATen/ops/empty.h>
@@ -7,69 +6,36 @@
 #include <lockstep/base/error.h>
 #include <lockstep/collectives/ordered_reduction.h>
 
+#include "ordered_fold.h"
+
 namespace lockstep {
 namespace {
 
 constexpr int64_t kPieceMultiple = 16;  // f32 elements: a cache line
-constexpr int64_t kTile = 2048;         // floats folded at a time, so that partial sums stay in the first-level cache
 
-struct Merge {
-  size_t left, right;
-};
-
-// The additions of a binary counter that the blocks are pushed into from left to right, folded from small to large at
-// the end: slot[left] += slot[right], in this order, leaves the sum in slot 0.
-std::vector<Merge> merge_program(std::span<const LeafBlock> blocks) {
-  struct Entry {
-    LeafBlock block;
-    size_t slot;
-  };
-  std::vector<Entry> counter;
-  std::vector<Merge> program;
-  const auto merge_last_two = [&] {
-    const Entry right = counter.back();
-    counter.pop_back();
-    program.push_back({counter.back().slot, right.slot});
-    counter.back().block.size += right.block.size;
-  };
-  for (size_t i = 0; i < blocks.size(); ++i) {
-    counter.push_back({blocks[i], i});
-    while (counter.size() > 1) {
-      const LeafBlock &left = counter[counter.size() - 2].block, &right = counter.back().block;
-      if (left.size != right.size || left.start % (2 * left.size) != 0) break;
-      merge_last_two();
-    }
-  }
-  while (counter.size() > 1) merge_last_two();
-  return program;
+// Where tensors are on a GPU: each addition in place of its left term.
+void fold_on_device(const FoldPlan& plan, const std::vector<at::Tensor>& terms, const at::Tensor& out) {
+  std::vector<at::Tensor> partials(plan.num_partials());
+  const auto operand = [&](int which) { return which >= 0 ? terms[which] : partials[~which]; };
+  for (const FoldPlan::Step& step : plan.steps()) partials[~step.sum] = operand(step.left).add_(operand(step.right));
+  if (!out.is_same(terms[0])) out.copy_(terms[0]);
 }
 
-// Runs the program over slots that lie in memory; the last sum goes to `out` (slot 0 itself is fine).
-void fold(const std::vector<Merge>& program, const std::vector<float*>& slots, float* out, int64_t numel) {
-  for (int64_t start = 0; start < numel; start += kTile) {
-    const int64_t n = std::min(kTile, numel - start);
-    if (program.empty()) {
-      if (out != slots[0]) std::copy_n(slots[0] + start, n, out + start);
-      continue;
-    }
-    for (size_t step = 0; step < program.size(); ++step) {
-      const float *left = slots[program[step].left] + start, *right = slots[program[step].right] + start;
-      float* sum = step + 1 == program.size() ? out + start : slots[program[step].left] + start;
-      for (int64_t i = 0; i < n; ++i) sum[i] = left[i] + right[i];
-    }
-  }
+void fold_tensors(const FoldPlan& plan, const std::vector<at::Tensor>& terms, const at::Tensor& out) {
+  if (!out.is_cpu()) return fold_on_device(plan, terms, out);
+  std::vector<const std::byte*> data;
+  data.reserve(terms.size());
+  for (const at::Tensor& term : terms) data.push_back(static_cast<const std::byte*>(term.const_data_ptr()));
+  fold(plan, at::kFloat, ReduceOp::kSum, data, static_cast<std::byte*>(out.mutable_data_ptr()), out.numel());
 }
 
-void fold_tensors(const std::vector<Merge>& program, std::vector<at::Tensor>& slots, const at::Tensor& out) {
-  if (out.is_cpu()) {
-    std::vector<float*> data;
-    data.reserve(slots.size());
-    for (auto& slot : slots) data.push_back(slot.mutable_data_ptr<float>());
-    fold(program, data, out.mutable_data_ptr<float>(), out.numel());
-    return;
+// Shares are contiguous and ascend with the rank, so the ranks' roots in rank order are all blocks from left to right.
+std::vector<LeafBlock> all_blocks(int64_t num_leaves, int size) {
+  std::vector<LeafBlock> blocks;
+  for (int rank = 0; rank < size; ++rank) {
+    for (const LeafBlock& block : maximal_aligned_blocks(leaf_share(num_leaves, rank, size))) blocks.push_back(block);
   }
-  for (const Merge& merge : program) slots[merge.left].add_(slots[merge.right]);
-  if (!out.is_same(slots[0])) out.copy_(slots[0]);
+  return blocks;
 }
 
 }  // namespace
@@ -98,7 +64,7 @@ LeafBlock root_of(int64_t leaf, LeafShare share) {
 at::Tensor fold_roots(std::span<const LeafBlock> blocks, std::vector<at::Tensor> roots) {
   LOCKSTEP_CHECK(blocks.size() == roots.size() && !roots.empty())
       << roots.size() << " roots for " << blocks.size() << " blocks";
-  if (roots.size() > 1) fold_tensors(merge_program(blocks), roots, roots[0]);
+  if (roots.size() > 1) fold_tensors(FoldPlan(blocks), roots, roots[0]);
   return roots[0];
 }
 
@@ -125,6 +91,8 @@ OrderedReduction::OrderedReduction(ProcessGroup& group, int64_t num_leaves, std:
       << roots_.size() << " roots do not fit the share of rank " << group.rank() << " of " << size << " in "
       << num_leaves << " leaves";
   LOCKSTEP_CHECK(pieces_.size() == static_cast<size_t>(size)) << pieces_.size() << " pieces for " << size << " ranks";
+  shown_ = group.show(roots_, timeout);
+  if (shown_) return;
   const int64_t own = pieces_[group.rank()].numel, numel = pieces_.back().offset + pieces_.back().numel;
   std::vector<int64_t> send_counts(size), receive_counts(size);
   for (int rank = 0; rank < size; ++rank) {
@@ -148,24 +116,42 @@ OrderedReduction::OrderedReduction(ProcessGroup& group, int64_t num_leaves, std:
   work_ = group.all_to_all(received_, send_, receive_counts, send_counts, timeout);
 }
 
-bool OrderedReduction::poll() { return work_.poll(); }
+bool OrderedReduction::poll() { return shown_ ? shown_->poll() : work_.poll(); }
 
 void OrderedReduction::finish(const at::Tensor& piece) {
-  work_.wait();
-  // Shares are contiguous and ascend with the rank, so what came in rank order is all blocks from left to right.
-  std::vector<LeafBlock> blocks;
-  for (int rank = 0; rank < group_->size(); ++rank) {
-    for (const LeafBlock& block : maximal_aligned_blocks(leaf_share(num_leaves_, rank, group_->size())))
-      blocks.push_back(block);
-  }
-  const int64_t own = pieces_[group_->rank()].numel;
-  LOCKSTEP_CHECK(piece.numel() == own) << "piece has " << piece.numel() << " elements, this rank owns " << own;
-  std::vector<at::Tensor> slots;
-  for (size_t i = 0; i < blocks.size(); ++i) slots.push_back(received_.narrow(0, static_cast<int64_t>(i) * own, own));
-  fold_tensors(merge_program(blocks), slots, piece);
+  const Piece& own = pieces_[group_->rank()];
+  LOCKSTEP_CHECK(piece.numel() == own.numel)
+      << "piece has " << piece.numel() << " elements, this rank owns " << own.numel;
+  shown_ ? fold_shown(own, piece) : fold_received(piece);
   roots_.clear();
   send_.reset();
   received_.reset();
+}
+
+void OrderedReduction::fold_received(const at::Tensor& piece) {
+  work_.wait();
+  const FoldPlan plan(all_blocks(num_leaves_, group_->size()));
+  const auto own = piece.numel(), num_roots = static_cast<int64_t>(plan.num_terms());
+  std::vector<at::Tensor> terms;
+  for (int64_t i = 0; i < num_roots; ++i) terms.push_back(received_.narrow(0, i * own, own));
+  fold_tensors(plan, terms, piece);
+}
+
+// Out of the memory of whoever has the root.
+void OrderedReduction::fold_shown(const Piece& own, const at::Tensor& piece) {
+  shown_->wait();
+  std::vector<const std::byte*> terms;
+  for (int rank = 0; rank < group_->size(); ++rank) {
+    const auto blocks = maximal_aligned_blocks(leaf_share(num_leaves_, rank, group_->size()));
+    for (size_t root = 0; root < blocks.size(); ++root) {
+      const auto* data = static_cast<const float*>(shown_->data(rank, root)) + own.offset;
+      terms.push_back(reinterpret_cast<const std::byte*>(data));
+    }
+  }
+  fold(FoldPlan(all_blocks(num_leaves_, group_->size())), at::kFloat, ReduceOp::kSum, terms,
+       static_cast<std::byte*>(piece.mutable_data_ptr()), own.numel);
+  shown_->done();
+  shown_.reset();
 }
 
 at::Tensor ordered_all_reduce(ProcessGroup& group, int64_t num_leaves, std::vector<at::Tensor> leaves, int64_t numel,

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <span>
+
 #include <lockstep/base/rank_info.h>
 #include <lockstep/collectives/runtime.h>
 
@@ -19,5 +21,13 @@ bool may_use_gpu(const RuntimeOptions& options);
 
 /// @throws ConfigError when what was asked for is not there, or the launcher leaves no way to talk.
 Placement choose_placement(const RuntimeOptions& options, const RankInfo& info, const CudaState& cuda);
+
+/// What the ranks of a CPU run talk over.
+enum class CpuBackend { kMpi, kShm, kTwoLevel };
+
+/// @param nodes a number for each rank's node, as node_of_ranks(). auto: shm where all ranks share a node, both where
+/// several nodes hold several ranks, else mpi.
+/// @throws ConfigError when shm was asked for and ranks live on several nodes.
+CpuBackend choose_cpu_backend(const RuntimeOptions& options, std::span<const int> nodes);
 
 }  // namespace lockstep

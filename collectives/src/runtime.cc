@@ -13,6 +13,7 @@
 #include <lockstep/collectives/local_group.h>
 #include <lockstep/collectives/mpi_group.h>
 #include <lockstep/collectives/runtime.h>
+#include <lockstep/collectives/shm_group.h>
 
 #include "id_exchange.h"
 #include "mpi_handles.h"
@@ -75,6 +76,20 @@ std::unique_ptr<ProcessGroup> make_nccl_world(const RankInfo& info, const Runtim
   return plugin.make_nccl_world(world);
 }
 
+// The ranks of a CPU run under MPI.
+std::unique_ptr<ProcessGroup> make_cpu_world(const RankInfo& info, const RuntimeOptions& options) {
+  auto world = make_mpi_world();
+  if (options.backend == "mpi") return world;
+  if (choose_cpu_backend(options, node_of_ranks(*world)) != CpuBackend::kShm) return world;
+  try {
+    return make_shm_group(std::move(world));
+  } catch (const ConfigError& error) {  // thrown on all ranks alike
+    if (options.backend == "shm") throw;
+    LOG_IF(WARNING, info.rank == 0) << "without shared memory: " << error.what();
+    return make_mpi_world();
+  }
+}
+
 std::unique_ptr<Runtime> start_runtime(const RankInfo& info, const RuntimeOptions& options) {
   // Before torch is used for anything: asked for CUDA without the plug-in, it would say no for ever.
   const CudaState cuda = may_use_gpu(options) ? load_cuda_plugin() : CudaState{};
@@ -95,7 +110,7 @@ std::unique_ptr<Runtime> start_runtime(const RankInfo& info, const RuntimeOption
   if (placement.is_over_nccl) {
     world = make_nccl_world(info, options, *cuda.plugin, device.index());
   } else {
-    world = info.has_mpi && !placement.is_on_gpu ? make_mpi_world() : std::move(make_local_world(1)[0]);
+    world = info.has_mpi && !placement.is_on_gpu ? make_cpu_world(info, options) : std::move(make_local_world(1)[0]);
   }
   return std::make_unique<Runtime>(info, device, std::move(world));
 }

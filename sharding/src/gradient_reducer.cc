@@ -117,7 +117,7 @@ void GradientReducer::allocate(Bucket& bucket) {
   const BucketLayout& layout = bucket.layout;
   const auto options = parameters_[bucket.parameters[0]].tensor.options().requires_grad(false);
   for (size_t r = 0; r < std::max<size_t>(1, root_blocks_.size()); ++r)
-    bucket.roots.push_back(at::full({layout.numel()}, kNothing, options));
+    bucket.roots.push_back(group_.empty_mapped(layout.numel(), options).fill_(kNothing));
   // The sum takes the place of the first root, once that has travelled.
   const at::Tensor home = bucket.roots[0];
   if (root_blocks_.empty()) bucket.roots.clear();
@@ -125,7 +125,7 @@ void GradientReducer::allocate(Bucket& bucket) {
   bucket.piece = home.narrow(0, own.offset, own.numel);
   bucket.shard = options_.num_shards == 1 ? home
                  : num_replicas() == 1    ? bucket.piece
-                                          : at::full({layout.shard_numel(shard())}, kNothing, options);
+                                          : group_.empty_mapped(layout.shard_numel(shard()), options).fill_(kNothing);
   for (size_t k = 0; k < bucket.parameters.size(); ++k) {
     const size_t i = bucket.parameters[k];
     if (parameters_[i].first_use < 0) grads_[i] = layout.view(bucket.shard, k, shard());

@@ -18,6 +18,7 @@ import time
 ROOT = pathlib.Path(__file__).parents[2]
 PYTHON, DATA = ROOT / "build/deps/venv/bin/python", ROOT / "build/data/shakespeare/train.bin"
 TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+MPIRUN = ["mpirun", *(["--allow-run-as-root"] if os.geteuid() == 0 else []), "-n", "2"]
 PEER = ROOT / "tests/bench/peers/train_gpt.py"
 TCMALLOC = "/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4"
 
@@ -27,6 +28,14 @@ SIZES = {
     "small": (["--layers=6", "--width=384", "--heads=6", "--sequence_length=256"], 8, 10),
 }
 WARMUP_STEPS = 3
+ALL_REDUCE_BYTES = [4, 1 << 10, 16 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20]
+# Open MPI as it comes, its segmented ring, and what torch.distributed has on CPUs.
+ALL_REDUCE_PEERS = {
+    "Open MPI": {},
+    "Open MPI, segmented ring": {"OMPI_MCA_coll_tuned_use_dynamic_rules": "1", "OMPI_MCA_coll_tuned_allreduce_algorithm": "5",
+                                 "OMPI_MCA_coll_tuned_allreduce_algorithm_segmentsize": str(1 << 20)},
+    "gloo": None,
+}
 
 
 def run(command, **environment):
@@ -106,6 +115,33 @@ class StartRow:
         return 1 / (time.perf_counter() - start)
 
 
+class AllReduceRow:
+    """The ordered all-reduce of f32 on 2 ranks over shared memory, of mapped or plain tensors, beside one peer. Each side checks its sums."""
+
+    unit, goal = "1/s", 1.0
+
+    def __init__(self, bin_dir, bytes, memory, peer_name):
+        self.program, self.bytes, self.memory, self.peer_name = bin_dir.parent / "tests/all_reduce_bench", bytes, memory, peer_name
+        size = f"{bytes >> 20} MiB" if bytes >= 1 << 20 else f"{bytes >> 10} KiB" if bytes >= 1 << 10 else f"{bytes} B"
+        self.name = f"all_reduce/{size}/{memory}/{peer_name}"
+        if peer_name == "gloo":
+            self.goal = 8.0
+        elif peer_name == "Open MPI" and bytes >= 16 << 20:
+            self.goal = 2.0
+
+    def prepare(self, folder):
+        pass
+
+    def ours(self):
+        return 1e6 / float(run([*MPIRUN, self.program, self.memory, self.bytes], OMP_NUM_THREADS="1"))
+
+    def peer(self):
+        settings = ALL_REDUCE_PEERS[self.peer_name]
+        if settings is None:
+            return 1e6 / float(run(TORCHRUN + [ROOT / "tests/bench/peers/all_reduce_gloo.py", self.bytes], OMP_NUM_THREADS="1"))
+        return 1e6 / float(run([*MPIRUN, self.program, "mpi", self.bytes], OMP_NUM_THREADS="1", **settings))
+
+
 def measure(row, rounds):
     with tempfile.TemporaryDirectory() as folder:
         row.prepare(pathlib.Path(folder))
@@ -126,14 +162,15 @@ def main():
     arguments = parser.parse_args()
     bin_dir = arguments.bin_dir.resolve()
     rows = [TrainingRow(bin_dir, size, precision, ranks) for size in SIZES for precision in ("fp32", "bf16") for ranks in (1, 2)] + [StartRow(bin_dir)]
+    rows += [AllReduceRow(bin_dir, bytes, memory, peer) for bytes in ALL_REDUCE_BYTES for memory in ("mapped", "plain") for peer in ALL_REDUCE_PEERS]
     results = []
-    print(f"{'row':38} {'ours':>10} {'peer':>10} {'ratio':>6}  spread       goal  peer")
+    print(f"{'row':46} {'ours':>10} {'peer':>10} {'ratio':>6}  spread       goal  peer")
     for row in rows:
         if not fnmatch.fnmatch(row.name, arguments.rows):
             continue
         result = measure(row, arguments.rounds)
         results.append(result)
-        print(f"{result['name']:38} {result['ours']:10.5g} {result['peer']:10.5g} {result['ratio']:6.2f}  {result['spread'][0]:.2f}-{result['spread'][1]:.2f}  {result['goal']:6.2f}  {result['peer_name']}", flush=True)
+        print(f"{result['name']:46} {result['ours']:10.5g} {result['peer']:10.5g} {result['ratio']:6.2f}  {result['spread'][0]:.2f}-{result['spread'][1]:.2f}  {result['goal']:6.2f}  {result['peer_name']}", flush=True)
     (ROOT / "build/bench.json").write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -65,6 +65,7 @@ TEST(PlacementTest, AsksForAGpuOnlyWhereOneCouldBeUsed) {
   EXPECT_TRUE(may_use_gpu({.device = "cuda", .backend = "auto"}));
   EXPECT_FALSE(may_use_gpu({.device = "cpu", .backend = "auto"}));
   EXPECT_FALSE(may_use_gpu({.device = "auto", .backend = "mpi"}));
+  EXPECT_FALSE(may_use_gpu({.device = "auto", .backend = "shm"}));
 }
 
 TEST(PlacementTest, RefusesWhatIsUnknownOrContradictsItself) {
@@ -72,9 +73,27 @@ TEST(PlacementTest, RefusesWhatIsUnknownOrContradictsItself) {
     return refusal([&] { may_use_gpu({.device = device, .backend = backend}); });
   };
   EXPECT_THAT(refused("gpu", "auto"), HasSubstr("--device=gpu is neither auto, cpu nor cuda"));
-  EXPECT_THAT(refused("auto", "gloo"), HasSubstr("--backend=gloo is neither auto, mpi nor nccl"));
+  EXPECT_THAT(refused("auto", "gloo"), HasSubstr("--backend=gloo is neither auto, shm, mpi nor nccl"));
   EXPECT_THAT(refused("cpu", "nccl"), AllOf(HasSubstr("--device=cpu"), HasSubstr("Mend: ")));
+  EXPECT_THAT(refused("cuda", "shm"), AllOf(HasSubstr("--backend=shm"), HasSubstr("Mend: ")));
   EXPECT_THAT(refused("cuda", "mpi"), AllOf(HasSubstr("--backend=mpi"), HasSubstr("Mend: ")));
+}
+
+TEST(PlacementTest, RanksOfOneNodeShareMemoryAndSeveralNodesWithSeveralRanksDoBoth) {
+  const struct {
+    const char* backend;
+    std::vector<int> nodes;
+    CpuBackend wanted;
+  } cases[] = {{"auto", {0, 0, 0}, CpuBackend::kShm},      {"auto", {0}, CpuBackend::kMpi},
+               {"auto", {0, 1, 2}, CpuBackend::kMpi},      {"auto", {0, 0, 2}, CpuBackend::kTwoLevel},
+               {"auto", {0, 1, 0}, CpuBackend::kTwoLevel}, {"mpi", {0, 0, 0}, CpuBackend::kMpi},
+               {"shm", {0, 0, 0}, CpuBackend::kShm},       {"shm", {0}, CpuBackend::kShm}};
+  for (const auto& one : cases)
+    EXPECT_EQ(choose_cpu_backend({.backend = one.backend}, one.nodes), one.wanted) << one.backend << one.nodes.size();
+  EXPECT_THAT(refusal([] {
+                choose_cpu_backend({.backend = "shm"}, std::vector<int>{0, 1, 0});
+              }),
+              AllOf(HasSubstr("3 ranks live on 2 nodes"), HasSubstr("Mend: ")));
 }
 
 TEST(PlacementTest, RefusesAGpuThatIsNotThereWithTheReasonAndTheMend) {

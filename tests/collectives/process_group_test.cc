@@ -324,6 +324,42 @@ TEST_P(ProcessGroupTest, AllGatherBytesKeepsEveryByteAndRankOrder) {
   });
 }
 
+TEST_P(ProcessGroupTest, WhatIsShownIsReadByAllWhereTheBackEndCanAndByNoneElse) {
+  run([](ProcessGroup& group) {
+    const int me = group.rank(), size = group.size();
+    const auto numel = [](int rank, int64_t i) { return (rank + i) % 3 == 0 ? 0 : 100 * i + rank; };
+    std::vector<std::unique_ptr<Shown>> under_way;
+    std::vector<std::vector<at::Tensor>> brought_by_me(3);
+    for (int round = 0; round < 3; ++round) {
+      for (int64_t i = 0; i <= me % 3; ++i) {  // other numbers of tensors on each rank, mapped ones and not
+        at::Tensor x = group.empty_mapped(numel(me, i), at::TensorOptions(at::kFloat));
+        EXPECT_EQ(x.numel(), numel(me, i));
+        if (round == 1) x = at::empty({numel(me, i)}, at::kFloat);
+        brought_by_me[round].push_back(
+            x.copy_(made(x.numel(), at::kFloat, [&](int64_t j) { return brought(me, round + j); })));
+      }
+      under_way.push_back(group.show(brought_by_me[round]));
+    }
+    for (int round = 2; round >= 0; --round) {
+      auto shown = std::move(under_way[round]);
+      EXPECT_EQ(shown != nullptr, std::string(group.backend()) == "shm");
+      if (!shown) continue;
+      while (!shown->poll()) std::this_thread::yield();
+      shown->wait();
+      for (int rank = 0; rank < size; ++rank) {
+        for (int64_t i = 0; i <= rank % 3; ++i) {
+          const auto* data = static_cast<const float*>(shown->data(rank, i));
+          int64_t wrong = 0;
+          for (int64_t j = 0; j < numel(rank, i); ++j) wrong += data[j] != static_cast<float>(brought(rank, round + j));
+          EXPECT_EQ(wrong, 0) << "tensor " << i << " of rank " << rank << " in round " << round;
+        }
+      }
+      shown->done();
+      for (at::Tensor& x : brought_by_me[round]) x.fill_(-1);  // all have read it
+    }
+  });
+}
+
 TEST_P(ProcessGroupTest, SplitMakesGroupsByColorOrderedByKeyThenRank) {
   run([](ProcessGroup& group) {
     const int me = group.rank(), size = group.size(), color = me % 3;
@@ -391,10 +427,12 @@ TEST_P(ProcessGroupTest, OneThatStaysAwayIsATimeoutThatNamesOperationAndGroup) {
       {"broadcast", [&](ProcessGroup& g) { g.broadcast(vector(5), 0, kSoon).wait(); }},
       {"recv", [&](ProcessGroup& g) { g.recv(vector(5), 0, 1, kSoon).wait(); }},
       {"barrier", [&](ProcessGroup& g) { g.barrier(kSoon); }},
+      {"show", [&](ProcessGroup& g) { g.show({vector(5)}, kSoon)->wait(); }},
   };
   run([&](ProcessGroup& group) {
     if (group.size() == 1) return;  // nobody to wait for
     for (const Case& attempt : cases) {
+      if (attempt.operation == std::string("show") && group.backend() != std::string("shm")) continue;
       const auto waiting = group.split(0, group.rank(), "those who wait");
       if (group.rank() > 0) {
         const auto start = steady_clock::now();

@@ -105,10 +105,11 @@ def test_the_bodys_number_is_the_exit_code():
 def test_a_rank_alone_needs_no_mpi_and_ranks_know_each_other():
     with Job("say", 0) as job:
         assert "rank 0 of 1 on local, cpu" in job.end(0)
-    with Job("say", 3) as job:
-        said = job.end(0)
-        for rank in range(3):
-            assert said.count(f"rank {rank} of 3 on mpi, cpu") == 1, said
+    for asked, got in {"auto": "shm", "shm": "shm", "mpi": "mpi"}.items():  # three ranks of one node
+        with Job("say", 3, BACKEND=asked) as job:
+            said = job.end(0)
+            for rank in range(3):
+                assert said.count(f"rank {rank} of 3 on {got}, cpu") == 1, said
 
 
 def test_ranks_without_mpi_are_refused():
@@ -134,6 +135,29 @@ def test_a_killed_rank_takes_the_job_down():
         job.process.communicate(timeout=60)
         assert job.process.returncode != 0
         wait_until(lambda: not any(map(is_running, job.pids())), 10, "a rank is still there")
+
+
+def test_killed_ranks_leave_no_shared_memory_behind():
+    # Ours has no name. What is in /dev/shm meanwhile is MPI's, which its mpirun clears away or not.
+    def ours():
+        return [path.name for path in pathlib.Path("/dev/shm").iterdir() if "lockstep" in path.name]
+
+    before = memory_in_use()
+    for _ in range(3):
+        with Job("map", 3) as job:  # 64 MiB a rank
+            job.wait_for_ranks()
+            maps = "".join(pathlib.Path(f"/proc/{pid}/maps").read_text() for pid in job.pids())
+            assert maps.count("/memfd:lockstep") >= 9 and "/dev/shm/lockstep" not in maps, maps
+            assert not ours()
+            for pid in job.pids():
+                os.kill(pid, signal.SIGKILL)
+            job.process.communicate(timeout=60)
+        assert not ours()
+    assert memory_in_use() < before + (100 << 10), "shared memory outlives its ranks"
+
+
+def memory_in_use():  # KiB of shared memory on the machine
+    return int(next(line for line in pathlib.Path("/proc/meminfo").read_text().splitlines() if line.startswith("Shmem:")).split()[1])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 //   return, return9   end with 0, with 9
 //   config, data, storage, peer, hang, fenced, check, standard, torch, number   throws that kind of error
 //   stop      until a stop is requested; FOLDER/stopped.<rank> says that it came
+//   map       as stop, with 64 MiB of mapped memory
 //   say       rank, size, back end and device on standard output
 // DEVICE and BACKEND in the environment become the options of the same name.
 #include <cstdlib>
@@ -51,9 +52,11 @@ int main(int argc, char** argv) {
   return run_rank({.device = variable("DEVICE", "auto"), .backend = variable("BACKEND", "auto")},
                   [&](Runtime& runtime) {
                     const int rank = runtime.info().rank;
+                    const int64_t mapped = deed == "map" ? 16 << 20 : 0;
+                    const at::Tensor shown = runtime.world().empty_mapped(mapped, at::kFloat).fill_(1);
                     std::ofstream(folder + "/pid." + std::to_string(rank)) << getpid() << std::endl;
                     runtime.world().barrier();
-                    if (deed == "stop") {
+                    if (deed == "stop" || deed == "map") {
                       wait_for_a_stop();
                       std::ofstream(folder + "/stopped." + std::to_string(rank)) << "yes" << std::endl;
                     } else if (deed == "say") {

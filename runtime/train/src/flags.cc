@@ -10,7 +10,7 @@ DEFINE_string(run_dir, "run", "folder of this run: checkpoints, metrics, logs; c
 DEFINE_int64(steps, 1000, "optimizer updates in all, resumed ones included");
 DEFINE_uint64(seed, 1, "seed of weights, data order and dropout");
 DEFINE_string(device, "auto", "auto | cpu | cuda; auto is cpu so far");
-DEFINE_string(backend, "auto", "auto | mpi | nccl; auto is nccl on GPUs and mpi on CPUs");
+DEFINE_string(backend, "auto", "auto | shm | mpi | nccl; auto: nccl on GPUs; on CPUs shm inside a node, mpi across");
 DEFINE_int32(threads_per_rank, 1,
              "threads inside one micro-batch's operators; part of the arithmetic, so fixed for a run");
 DEFINE_int32(

@@ -56,7 +56,7 @@ Piece owned_piece(int64_t numel, int rank, int size);
 std::vector<Piece> even_pieces(int64_t numel, int size);
 
 /// One bucket's ordered reduce-scatter under way: all roots of all ranks travel to the owner of each piece, who folds
-/// them.
+/// them; where ranks can show each other their memory, the owner folds out of that, and nothing travels.
 ///
 /// Collective over `group`. Bucket: f32 elements, cut into size() pieces that follow each other without a gap; piece r
 /// belongs to rank r and may be empty.
@@ -65,6 +65,7 @@ class OrderedReduction {
   /// Sends `roots` (one tensor of the bucket's size for each of this rank's maximal blocks, left to right) and receives
   /// into scratch.
   /// @param roots none on a rank without leaves, so the options are told. Untouched until finish() returns.
+  /// In mapped memory (ProcessGroup::empty_mapped) they are not copied.
   /// @param pieces by rank, equal on all ranks.
   OrderedReduction(ProcessGroup& group, int64_t num_leaves, std::vector<at::Tensor> roots, std::vector<Piece> pieces,
                    at::TensorOptions options, Milliseconds timeout = ProcessGroup::kDefaultTimeout);
@@ -73,12 +74,16 @@ class OrderedReduction {
   bool poll();
 
  private:
+  void fold_received(const at::Tensor& piece);
+  void fold_shown(const Piece& own, const at::Tensor& piece);
+
   ProcessGroup* group_;
   int64_t num_leaves_;
   std::vector<Piece> pieces_;
   std::vector<at::Tensor> roots_;
   at::Tensor send_, received_;
   Work work_;
+  std::unique_ptr<Shown> shown_;
 };
 
 /// The whole ordered all-reduce, blocking: `leaves` are this rank's share, in order, [numel] each; returns the sum on

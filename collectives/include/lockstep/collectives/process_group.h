@@ -40,6 +40,18 @@ class Work {
   std::unique_ptr<Operation> operation_;
 };
 
+/// Tensors that the ranks of a group show each other where they lie (ProcessGroup::show).
+class Shown {
+ public:
+  virtual ~Shown() = default;
+  virtual bool poll() = 0;  ///< true when wait() would not block
+  virtual void wait() = 0;  ///< until all ranks have shown theirs, or the deadline; throws CollectiveError
+  /// The `index`-th tensor of `rank`; to be read between wait() and done().
+  virtual const void* data(int rank, size_t index) const = 0;
+  /// This rank has read what it wanted; waits until all have, so that its own tensors may change again.
+  virtual void done() = 0;
+};
+
 /// The ranks that reduce together, and the channel between them.
 ///
 /// Collective: all ranks make the same calls in the same order; one that stays away makes the others time out.
@@ -59,7 +71,7 @@ class ProcessGroup {
   virtual int rank() const = 0;
   virtual int size() const = 0;
   virtual const std::string& name() const = 0;  ///< e.g. "world", "data"; in every error message
-  virtual const char* backend() const = 0;      ///< "local", "mpi", "nccl", later "shm"
+  virtual const char* backend() const = 0;      ///< "local", "shm", "two_level", "mpi", "nccl"
 
   /// Replaces `tensor` by the elementwise sum (max, min) over all ranks, in the back end's own order (`fast`).
   /// For bits that do not depend on the layout use ordered_reduction.h.
@@ -82,6 +94,14 @@ class ProcessGroup {
   virtual Work send(at::Tensor tensor, int to, int tag = 0, Milliseconds timeout = kDefaultTimeout) = 0;
   virtual Work recv(at::Tensor tensor, int from, int tag = 0, Milliseconds timeout = kDefaultTimeout) = 0;
   virtual void barrier(Milliseconds timeout = kDefaultTimeout) = 0;
+
+  /// A tensor [numel] in memory that the peers of this group reach too, where the back end has such (shm): collectives
+  /// on it, or on a part of it, copy less. Anywhere else plain memory. Not collective; valid after close().
+  virtual at::Tensor empty_mapped(int64_t numel, at::TensorOptions options);
+
+  /// Lets every rank read all `tensors` of all ranks; null on every rank where the back end cannot. Each rank may bring
+  /// any number of any size; those from empty_mapped() are not even copied. They stay as they are until done().
+  virtual std::unique_ptr<Shown> show(std::vector<at::Tensor> tensors, Milliseconds timeout = kDefaultTimeout);
 
   /// Ranks with equal `color` form a group, ordered by `key`, then rank. Collective over this group.
   virtual std::unique_ptr<ProcessGroup> split(int color, int key, const std::string& name) = 0;

@@ -11,7 +11,7 @@ namespace lockstep {
 
 struct RuntimeOptions {
   std::string device = "auto";   ///< auto | cpu | cuda
-  std::string backend = "auto";  ///< auto | mpi | nccl (shm comes with issue 2)
+  std::string backend = "auto";  ///< auto | shm | mpi | nccl; auto on CPUs: shm on one node, both on several
   Milliseconds collective_timeout = ProcessGroup::kDefaultTimeout;
 };
 
