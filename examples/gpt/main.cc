@@ -22,7 +22,9 @@ class LanguageModel : public lockstep::train::Task {
   explicit LanguageModel(Flags flags) : flags_(std::move(flags)) { flags_.model = resolve(flags_.model); }
 
   std::string name() const override { return "gpt"; }
-  std::shared_ptr<torch::nn::Module> make_model() override { return std::make_shared<Model>(flags_.model); }
+  std::shared_ptr<torch::nn::Module> make_model(const lockstep::ModelParallel& parallel) override {
+    return std::make_shared<Model>(flags_.model, parallel);
+  }
   void initialize(const std::string& name, const at::Tensor& parameter, uint64_t seed) override {
     gpt::initialize(flags_.model, name, parameter, seed);
   }

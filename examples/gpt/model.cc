@@ -7,12 +7,15 @@
 #include <lockstep/nn/dropout.h>
 #include <lockstep/nn/functions.h>
 #include <lockstep/nn/init.h>
-#include <lockstep/nn/linear.h>
 #include <lockstep/nn/norm.h>
+#include <lockstep/sharding/context_parallel.h>
+#include <lockstep/sharding/tensor_parallel.h>
+#include <lockstep/sharding/vocab_parallel.h>
 
 namespace gpt {
 
 namespace nn = lockstep::nn;
+using lockstep::ModelParallel;
 
 Config resolve(Config config) {
   const auto require = [](bool ok, const std::string& message) {
@@ -59,126 +62,173 @@ class Norm : public torch::nn::Module {
   at::Tensor weight_, bias_;
 };
 
+// Zeroes what one rank would zero of the whole [B, length, C], whatever part of the sequence this one has.
+at::Tensor drop(const at::Tensor& x, const Config& config, bool training, uint64_t place, int64_t length,
+                const ModelParallel& parallel) {
+  if (parallel.context.size() == 1 || !training || config.dropout <= 0)
+    return lockstep::sequence_dropout(x, config.dropout, training, place, length, parallel.tensor);
+  const at::Tensor kept = nn::dropout(at::ones({x.size(0), length, x.size(2)}), config.dropout, training, place);
+  const at::Tensor mine = lockstep::context_slice(kept, 1, parallel.context);
+  const lockstep::Part part = lockstep::sequence_part(mine.size(1), parallel.tensor);
+  return x * mine.narrow(1, part.begin, part.size).to(x.scalar_type());
+}
+
 class EmbeddingLayer : public lockstep::StackLayer {
  public:
-  explicit EmbeddingLayer(const Config& config) : config_(config) {
-    weight_ = register_parameter("weight", at::zeros({config.vocab_size, config.width}));
+  EmbeddingLayer(const Config& config, const ModelParallel& parallel) : config_(config), parallel_(parallel) {
+    tokens_ = register_module(
+        "tokens", std::make_shared<lockstep::VocabParallelEmbedding>(config.vocab_size, config.width, parallel.tensor));
     if (config.family == "gpt2")
       positions_ = register_parameter("positions", at::zeros({config.sequence_length, config.width}));
   }
 
   at::Tensor forward(at::Tensor, const Batch& batch) override {
-    at::Tensor x = at::embedding(weight_, batch[0]);
-    if (positions_.defined()) x = x + positions_.narrow(0, 0, batch[0].size(1));
-    return nn::dropout(x, config_.dropout, is_training(), 1'000'000);
+    const int64_t length = batch[0].size(1);
+    const at::Tensor ids = lockstep::context_slice(batch[0], 1, parallel_.context);
+    at::Tensor x = tokens_->forward(ids);
+    if (positions_.defined()) {
+      const lockstep::Part part = lockstep::sequence_part(ids.size(1), parallel_.tensor);
+      x = x + lockstep::context_slice(positions_.narrow(0, 0, length), 0, parallel_.context)
+                  .narrow(0, part.begin, part.size);
+    }
+    return drop(x, config_, is_training(), 1'000'000, length, parallel_);
   }
 
  private:
   Config config_;
-  at::Tensor weight_, positions_;
+  ModelParallel parallel_;
+  std::shared_ptr<lockstep::VocabParallelEmbedding> tokens_;
+  at::Tensor positions_;
 };
 
 // Cosines and sines of all positions: constants, so no buffers of the checkpoint.
 using RopeTables = std::pair<at::Tensor, at::Tensor>;
 
-// x + attention(norm(x)), then x + mlp(norm(x)).
+// x + attention(norm(x)), then x + mlp(norm(x)); each of the two a tensor region (lockstep/sharding/tensor_parallel.h).
 class Block : public lockstep::StackLayer {
  public:
-  Block(const Config& config, uint64_t number, RopeTables tables)
-      : config_(config), number_(number), tables_(std::move(tables)) {
-    const int64_t width = config.width, head_dim = width / config.heads;
+  Block(const Config& config, const ModelParallel& parallel, uint64_t number, RopeTables tables)
+      : config_(config),
+        parallel_(parallel),
+        number_(number),
+        head_dim_(config.width / config.heads),
+        tables_(std::move(tables)) {
+    const int64_t width = config.width;
     const bool bias = !is_llama();
-    qkv_ = register_module("qkv",
-                           std::make_shared<nn::Linear>(width, (config.heads + 2 * config.kv_heads) * head_dim, bias));
-    projection_ = register_module("projection", std::make_shared<nn::Linear>(width, width, bias));
-    up_ = register_module("up", std::make_shared<nn::Linear>(width, config.ffn_width, bias));
-    if (is_llama()) gate_ = register_module("gate", std::make_shared<nn::Linear>(width, config.ffn_width, bias));
-    down_ = register_module("down", std::make_shared<nn::Linear>(config.ffn_width, width, bias));
+    const lockstep::TensorParallel& tp = parallel.tensor;
+    const lockstep::HeadSplit split = lockstep::split_heads(config.heads, config.kv_heads, tp);
+    const auto rows = lockstep::scaled(split.heads, head_dim_), kv_rows = lockstep::scaled(split.kv_heads, head_dim_);
+    const auto column = [&](const char* name, int64_t out, const std::vector<lockstep::Part>& parts) {
+      return register_module(name, std::make_shared<Column>(width, out, bias, tp, parts));
+    };
+    query_ = column("query", width, rows);
+    key_ = column("key", config.kv_heads * head_dim_, kv_rows);
+    value_ = column("value", config.kv_heads * head_dim_, kv_rows);
+    projection_ = register_module("projection", std::make_shared<Row>(width, width, bias, tp, rows));
+    up_ = column("up", config.ffn_width, {});
+    if (is_llama()) gate_ = column("gate", config.ffn_width, {});
+    down_ = register_module("down", std::make_shared<Row>(config.ffn_width, width, bias, tp));
     norm1_ = register_module("norm1", std::make_shared<Norm>(config));
     norm2_ = register_module("norm2", std::make_shared<Norm>(config));
   }
 
-  at::Tensor forward(at::Tensor x_BTC, const Batch&) override {
-    const at::Tensor x = x_BTC + drop(attend(norm1_->forward(x_BTC)), 0);
-    return x + drop(feed_forward(norm2_->forward(x)), 1);
+  at::Tensor forward(at::Tensor x_BTC, const Batch& batch) override {
+    const int64_t length = batch[0].size(1);
+    const auto drop_here = [&](const at::Tensor& y, uint64_t place) {
+      return drop(y, config_, is_training(), 2 * number_ + place, length, parallel_);
+    };
+    const at::Tensor x = x_BTC + drop_here(attend(norm1_->forward(x_BTC), length), 0);
+    return x + drop_here(feed_forward(norm2_->forward(x)), 1);
   }
 
  private:
-  bool is_llama() const { return config_.family == "llama"; }
-  at::Tensor drop(const at::Tensor& x, uint64_t place) {
-    return nn::dropout(x, config_.dropout, is_training(), 2 * number_ + place);
-  }
+  using Column = lockstep::ColumnParallelLinear;
+  using Row = lockstep::RowParallelLinear;
 
-  at::Tensor attend(const at::Tensor& x) {
-    const int64_t b = x.size(0), t = x.size(1), head_dim = config_.width / config_.heads;
-    const auto parts = qkv_->forward(x)
-                           .view({b, t, config_.heads + 2 * config_.kv_heads, head_dim})
-                           .split_with_sizes({config_.heads, config_.kv_heads, config_.kv_heads}, 2);
-    at::Tensor q = parts[0], k = parts[1];
+  bool is_llama() const { return config_.family == "llama"; }
+
+  at::Tensor attend(const at::Tensor& x, int64_t length) {
+    const auto heads = [&](const at::Tensor& y) { return y.view({y.size(0), y.size(1), -1, head_dim_}); };
+    const at::Tensor h = lockstep::enter_region(x, parallel_.tensor);
+    at::Tensor q = heads(query_->inside(h)), k = heads(key_->inside(h));
     if (is_llama()) {
-      const at::Tensor cosines = tables_.first.narrow(0, 0, t), sines = tables_.second.narrow(0, 0, t);
+      const at::Tensor cosines = lockstep::context_slice(tables_.first.narrow(0, 0, length), 0, parallel_.context),
+                       sines = lockstep::context_slice(tables_.second.narrow(0, 0, length), 0, parallel_.context);
       q = nn::rope(q, cosines, sines), k = nn::rope(k, cosines, sines);
     }
-    return projection_->forward(nn::attention(q, k, parts[2], /*causal=*/true));
+    return projection_->forward(
+        lockstep::ring_attention(q, k, heads(value_->inside(h)), /*causal=*/true, parallel_.context));
   }
 
   at::Tensor feed_forward(const at::Tensor& x) {
-    if (is_llama()) return down_->forward(nn::swiglu(gate_->forward(x), up_->forward(x)));
-    return down_->forward(nn::gelu(up_->forward(x)));
+    const at::Tensor h = lockstep::enter_region(x, parallel_.tensor);
+    const at::Tensor up = up_->inside(h);
+    return down_->forward(is_llama() ? nn::swiglu(gate_->inside(h), up) : nn::gelu(up));
   }
 
   Config config_;
+  ModelParallel parallel_;
   uint64_t number_;
+  int64_t head_dim_;
   RopeTables tables_;
-  std::shared_ptr<nn::Linear> qkv_, projection_, gate_, up_, down_;
+  std::shared_ptr<Column> query_, key_, value_, gate_, up_;
+  std::shared_ptr<Row> projection_, down_;
   std::shared_ptr<Norm> norm1_, norm2_;
 };
 
 class Head : public lockstep::StackLayer {
  public:
-  explicit Head(const Config& config) {
+  Head(const Config& config, const ModelParallel& parallel) : config_(config), parallel_(parallel) {
     norm_ = register_module("norm", std::make_shared<Norm>(config));
-    weight_ = register_parameter("weight", at::zeros({config.vocab_size, config.width}));
+    output_ = register_module("output", std::make_shared<lockstep::ColumnParallelLinear>(
+                                            config.width, config.vocab_size, /*bias=*/false, parallel.tensor));
   }
 
   at::Tensor forward(at::Tensor x_BTC, const Batch& batch) override {
     const at::Tensor x = norm_->forward(x_BTC);
-    if (batch.size() < 2) return nn::linear(x, weight_, at::Tensor()).to(at::kFloat);
-    return nn::linear_cross_entropy_sum(x.view({-1, x.size(-1)}), weight_, batch[1].reshape({-1}));
+    if (batch.size() < 2) return output_->forward(x).to(at::kFloat);
+    return lockstep::vocab_parallel_cross_entropy_sum(x, output_->weight, config_.vocab_size,
+                                                      lockstep::context_slice(batch[1], 1, parallel_.context),
+                                                      parallel_.tensor);
   }
 
  private:
+  Config config_;
+  ModelParallel parallel_;
   std::shared_ptr<Norm> norm_;
-  at::Tensor weight_;
+  std::shared_ptr<lockstep::ColumnParallelLinear> output_;
 };
 
 // Costs in products of width x width a token.
-std::vector<lockstep::LayerStack::Layer> layers_of(const Config& config) {
+std::vector<lockstep::LayerStack::Layer> layers_of(const Config& config, const ModelParallel& parallel) {
   RopeTables tables;
   if (config.family == "llama")
     tables = nn::rope_tables(config.sequence_length, config.width / config.heads, config.rope_theta);
   std::vector<lockstep::LayerStack::Layer> layers;
-  layers.push_back({"embedding", [config] { return std::make_shared<EmbeddingLayer>(config); }, 0.1});
+  layers.push_back({"embedding", [=] { return std::make_shared<EmbeddingLayer>(config, parallel); }, 0.1});
   const auto width = static_cast<double>(config.width);
   const double attention = 2 + 2.0 * static_cast<double>(config.kv_heads) / static_cast<double>(config.heads) +
                            static_cast<double>(config.sequence_length) / width;
   const double mlp = (config.family == "llama" ? 3 : 2) * static_cast<double>(config.ffn_width) / width;
   for (int64_t i = 0; i < config.layers; ++i) {
     layers.push_back({"block" + std::to_string(i),
-                      [config, i, tables] { return std::make_shared<Block>(config, static_cast<uint64_t>(i), tables); },
+                      [=] { return std::make_shared<Block>(config, parallel, static_cast<uint64_t>(i), tables); },
                       attention + mlp});
   }
-  layers.push_back(
-      {"head", [config] { return std::make_shared<Head>(config); }, static_cast<double>(config.vocab_size) / width});
+  layers.push_back({"head", [=] { return std::make_shared<Head>(config, parallel); },
+                    static_cast<double>(config.vocab_size) / width});
   return layers;
 }
 
 }  // namespace
 
-Model::Model(const Config& config)
-    : LayerStack(layers_of(config), config.tied_head ? std::vector<lockstep::Tie>{{"embedding.weight", "head.weight"}}
-                                                     : std::vector<lockstep::Tie>{}),
-      config_(config) {}
+Model::Model(const Config& config, const ModelParallel& parallel)
+    : LayerStack(layers_of(config, parallel),
+                 config.tied_head ? std::vector<lockstep::Tie>{{"embedding.tokens.weight", "head.output.weight"}}
+                                  : std::vector<lockstep::Tie>{}),
+      config_(config) {
+  lockstep::context_positions(config.sequence_length, parallel.context);  // refuses lengths that cannot be cut
+}
 
 void initialize(const Config& config, const std::string& name, const at::Tensor& parameter, uint64_t seed) {
   const bool into_residual = name.find("projection.") != std::string::npos || name.find("down.") != std::string::npos;

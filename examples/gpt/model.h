@@ -4,6 +4,7 @@
 #include <vector>
 
 #include <lockstep/sharding/layer_stack.h>
+#include <lockstep/sharding/model_parallel.h>
 
 namespace gpt {
 
@@ -27,7 +28,7 @@ Config resolve(Config config);
 /// [B, T, V].
 class Model : public lockstep::LayerStack {
  public:
-  explicit Model(const Config& config);
+  explicit Model(const Config& config, const lockstep::ModelParallel& parallel = {});
   const Config& config() const { return config_; }
 
  private:

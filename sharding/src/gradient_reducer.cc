@@ -241,10 +241,11 @@ at::Tensor GradientReducer::piece_of(size_t i) const {
   return buckets_[slots_[i]->bucket]->piece;
 }
 
-std::vector<at::Tensor> GradientReducer::pieces(Which which) const {
+std::vector<at::Tensor> GradientReducer::pieces(int partial_kind) const {
   std::vector<at::Tensor> pieces;
   for (const auto& bucket : buckets_) {
-    if (which == Which::kAll || parameters_[bucket->parameters[0]].is_partial) pieces.push_back(bucket->piece);
+    if (partial_kind == kAll || parameters_[bucket->parameters[0]].partial_kind == partial_kind)
+      pieces.push_back(bucket->piece);
   }
   return pieces;
 }

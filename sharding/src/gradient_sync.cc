@@ -44,7 +44,7 @@ GradientSync::GradientSync(ProcessGroup& group, std::vector<NamedParameter> para
 
 bool GradientSync::may_share_bucket(size_t a, size_t b) const {
   return !stands_alone_[a] && !stands_alone_[b] && parameters_[a].is_counted == parameters_[b].is_counted &&
-         parameters_[a].is_partial == parameters_[b].is_partial;
+         parameters_[a].partial_kind == parameters_[b].partial_kind;
 }
 
 void GradientSync::check_parameters_agree() {

@@ -2,8 +2,10 @@
 
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
+#include <torch/torch.h>
 
 #include <lockstep/sharding/parameter_placement.h>
+#include <lockstep/sharding/rank_order_sum.h>
 
 namespace lockstep {
 namespace {
@@ -60,6 +62,21 @@ at::Tensor sum_over_ranks(ProcessGroup& group, const at::Tensor& tensor, Millise
   at::Tensor sum = at::empty(input.sizes(), input.options());
   group.all_gather_uneven(sum, sum_of_rows(received), counts, timeout).wait();
   return sum;
+}
+
+void sum_in_rank_order(ProcessGroup& group, const std::vector<int>& ranks, const std::vector<at::Tensor>& tensors,
+                       Milliseconds timeout) {
+  if (tensors.empty() || group.size() == 1) return;
+  std::vector<at::Tensor> flat;
+  for (const at::Tensor& tensor : tensors) flat.push_back(tensor.view({-1}));
+  const at::Tensor all = gather_ranks(group, at::cat(flat), timeout);
+  at::Tensor sum = all[ranks[0]];
+  for (size_t i = 1; i < ranks.size(); ++i) sum.add_(all[ranks[i]]);
+  int64_t offset = 0;
+  for (const at::Tensor& tensor : flat) {
+    tensor.copy_(sum.narrow(0, offset, tensor.numel()));
+    offset += tensor.numel();
+  }
 }
 
 }  // namespace lockstep

@@ -244,10 +244,11 @@ void ShardedReducer::fold() {
 
 at::Tensor ShardedReducer::piece_of(size_t i) const { return buckets_[places_[i].first]->piece; }
 
-std::vector<at::Tensor> ShardedReducer::pieces(Which which) const {
+std::vector<at::Tensor> ShardedReducer::pieces(int partial_kind) const {
   std::vector<at::Tensor> pieces;
   for (const auto& bucket : buckets_) {
-    if (which == Which::kAll || parameters_[bucket->parameters[0]].is_partial) pieces.push_back(bucket->piece);
+    if (partial_kind == kAll || parameters_[bucket->parameters[0]].partial_kind == partial_kind)
+      pieces.push_back(bucket->piece);
   }
   return pieces;
 }

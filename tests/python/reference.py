@@ -76,7 +76,8 @@ class Block(torch.nn.Module):
     def __init__(self, c):
         super().__init__()
         self.c, llama, head = c, c["model"] == "llama", c["width"] // c["heads"]
-        self.qkv = torch.nn.Linear(c["width"], (c["heads"] + 2 * c["kv_heads"]) * head, bias=not llama)
+        for name, heads in (("query", c["heads"]), ("key", c["kv_heads"]), ("value", c["kv_heads"])):
+            setattr(self, name, torch.nn.Linear(c["width"], heads * head, bias=not llama))
         self.projection = torch.nn.Linear(c["width"], c["width"], bias=not llama)
         self.up = torch.nn.Linear(c["width"], c["ffn_width"], bias=not llama)
         if llama:
@@ -88,7 +89,8 @@ class Block(torch.nn.Module):
     def forward(self, x, angles):
         b, t, width = x.shape
         heads, kv_heads = self.c["heads"], self.c["kv_heads"]
-        q, k, v = self.qkv(self.norm1(x)).view(b, t, heads + 2 * kv_heads, width // heads).transpose(1, 2).split([heads, kv_heads, kv_heads], dim=1)
+        h = self.norm1(x)
+        q, k, v = (linear(h).view(b, t, -1, width // heads).transpose(1, 2) for linear in (self.query, self.key, self.value))
         if angles is not None:
             q, k = turn(q, *angles), turn(k, *angles)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
@@ -109,17 +111,20 @@ class Gpt(torch.nn.Module):
     def __init__(self, c):
         super().__init__()
         self.c = c
-        self.embedding = torch.nn.Embedding(c["vocab_size"], c["width"])
+        self.embedding = torch.nn.Module()
+        self.embedding.tokens = torch.nn.Embedding(c["vocab_size"], c["width"])
         if c["model"] == "gpt2":
             self.embedding.positions = torch.nn.Parameter(torch.zeros(c["sequence_length"], c["width"]))
         for i in range(c["layers"]):
             setattr(self, f"block{i}", Block(c))
-        self.head = torch.nn.Module() if c["tied_head"] else torch.nn.Linear(c["width"], c["vocab_size"], bias=False)
+        self.head = torch.nn.Module()
+        if not c["tied_head"]:
+            self.head.output = torch.nn.Linear(c["width"], c["vocab_size"], bias=False)
         self.head.norm = torch.nn.LayerNorm(c["width"]) if c["model"] == "gpt2" else torch.nn.RMSNorm(c["width"], eps=1e-5)
 
     def forward(self, tokens, targets):
         """Sum of the cross-entropies."""
-        x, angles = self.embedding(tokens), None
+        x, angles = self.embedding.tokens(tokens), None
         if self.c["model"] == "gpt2":
             x = x + self.embedding.positions[: tokens.shape[1]]
         else:
@@ -129,7 +134,7 @@ class Gpt(torch.nn.Module):
             angles = grid.cos().float(), grid.sin().float()
         for i in range(self.c["layers"]):
             x = getattr(self, f"block{i}")(x, angles)
-        weight = self.embedding.weight if self.c["tied_head"] else self.head.weight
+        weight = (self.embedding.tokens if self.c["tied_head"] else self.head.output).weight
         logits = F.linear(self.head.norm(x), weight)
         return F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets.reshape(-1), reduction="sum")
 

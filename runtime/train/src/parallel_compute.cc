@@ -1,5 +1,6 @@
 // ParallelModel's computing half: micro-batches through lanes, or through this rank's stage of a pipeline.
 #include <atomic>
+#include <numeric>
 #include <optional>
 
 #include <ATen/ops/full.h>
@@ -9,6 +10,7 @@
 #include <lockstep/base/error.h>
 #include <lockstep/nn/dropout.h>
 #include <lockstep/nn/precision.h>
+#include <lockstep/sharding/rank_order_sum.h>
 #include <lockstep/sharding/tied.h>
 
 #include "parallel_model.h"
@@ -70,6 +72,7 @@ StepReport ParallelModel::compute(int64_t step, int64_t divisor, const std::vect
   if (fully_sharded_) fully_sharded_->end_step();
   first_step_ = false;
   sync_->fold();
+  join_terms();
   join_tied();
   report.squares = sync_->publish();
   return report;
@@ -82,7 +85,9 @@ void ParallelModel::compute_in_lanes(int64_t step, const std::vector<data::Batch
   lanes_.run([&](int lane) {
     for (size_t i = next++; i < batches.size(); i = next++) losses[i] = compute_leaf(lane, step, leaves[i], batches[i]);
   });
-  for (const LossSum& loss : losses) add_loss(report, loss);
+  for (const LossSum& loss : losses) {
+    if (tells_loss()) add_loss(report, loss);
+  }
 }
 
 void ParallelModel::compute_in_rounds(int64_t step, const std::vector<data::Batch>& batches, StepReport& report) {
@@ -90,7 +95,8 @@ void ParallelModel::compute_in_rounds(int64_t step, const std::vector<data::Batc
   for (size_t round = 0; round < static_cast<size_t>(sharded_reducer_->num_rounds()); ++round) {
     if (fully_sharded_) fully_sharded_->begin(/*both=*/true);
     if (round < leaves.size()) {
-      add_loss(report, compute_leaf(0, step, leaves[round], batches[round]));
+      const LossSum loss = compute_leaf(0, step, leaves[round], batches[round]);
+      if (tells_loss()) add_loss(report, loss);
     } else {
       absent_forward(0);
       absent_backward(0);
@@ -157,7 +163,8 @@ void ParallelModel::compute_in_stages(int64_t step, const std::vector<data::Batc
     if (fully_sharded_) fully_sharded_->end();
   };
   const auto losses = runner_->run(schedule(micro_batches), callbacks);
-  for (size_t i = 0; i < std::min(losses.size(), leaves.size()); ++i) report.loss.add(losses[i].item<float>());
+  for (size_t i = 0; i < std::min(losses.size(), leaves.size()) && tells_loss(); ++i)
+    report.loss.add(losses[i].item<float>());
 }
 
 const PipelineSchedule& ParallelModel::schedule(int64_t micro_batches) {
@@ -177,6 +184,29 @@ void ParallelModel::absent_backward(int part) {
   const auto exchange = [&](size_t unit) { sharded_reducer_->absent_unit(unit); };
   if (fully_sharded_) fully_sharded_->absent_backward(part, exchange);
   sharded_reducer_->absent_leaf(part);
+}
+
+// What several ranks hold terms of beyond the data axis: each context rank those of its tokens, and with tensor
+// parallelism whatever is replicated where activations are not.
+void ParallelModel::join_terms() {
+  const Milliseconds timeout = options_.runtime.collective_timeout;
+  const auto all_of = [](const ProcessGroup& group) {
+    std::vector<int> ranks(group.size());
+    std::iota(ranks.begin(), ranks.end(), 0);
+    return ranks;
+  };
+  sum_in_rank_order(mesh_.context(), all_of(mesh_.context()), sync_->pieces(GradientSync::kAll), timeout);
+  sum_in_rank_order(mesh_.tensor(), all_of(mesh_.tensor()), sync_->pieces(1), timeout);
+  for (const ModelParameter& parameter : table_.locals()) {
+    const ParameterPlacement& placement = parameter.placement;
+    if (!placement.is_partial || placement.tensor_dim < 0) continue;
+    std::vector<int> holders;
+    for (int rank : all_of(mesh_.tensor())) {
+      if (placement.part(rank) == placement.part()) holders.push_back(rank);
+    }
+    sum_in_rank_order(mesh_.tensor(), holders, sync_->pieces(2), timeout);
+    break;  // heads are shared alike in all layers
+  }
 }
 
 // A weight with one use on this stage and the other elsewhere: both get the sum of both.
@@ -211,8 +241,9 @@ StepReport ParallelModel::evaluate(int64_t count, const std::function<data::Batc
         if (number_in(round) < count) {
           const Scope scope(*this, /*step=*/0, number_in(round));
           const data::Batch batch = on_device(get(number_in(round)));
-          add_loss(reports[lane], task_.loss(*models_[lane], batch));
-          reports[lane].count += task_.count(batch);
+          const LossSum loss = task_.loss(*models_[lane], batch);
+          if (tells_loss()) add_loss(reports[lane], loss);
+          if (counts_batches()) reports[lane].count += task_.count(batch);
         } else {
           absent_forward(0);
         }
@@ -238,9 +269,7 @@ StepReport ParallelModel::evaluate_in_stages(int64_t rounds, int64_t count,
       const Scope scope(*this, /*step=*/0, number_in(round));
       const data::Batch batch = on_device(get(number_in(round)));
       output = stack.run(chunk, input, batch.valid_tensors());
-      const bool is_last =
-          chunk + 1 == options_.pipeline_chunks && mesh_.pipeline().rank() + 1 == mesh_.pipeline().size();
-      if (is_last) report.count += task_.count(batch);
+      if (chunk == 0 && counts_batches()) report.count += task_.count(batch);
     } else {
       absent_forward(chunk);
       output = input.defined() ? input : at::zeros({}, device_);
@@ -251,7 +280,7 @@ StepReport ParallelModel::evaluate_in_stages(int64_t rounds, int64_t count,
   const auto losses =
       runner_->run(forward_only_schedule(options_.mesh.pipeline, options_.pipeline_chunks, rounds), callbacks);
   for (size_t i = 0; i < losses.size(); ++i) {
-    if (number_in(static_cast<int64_t>(i)) < count) report.loss.add(losses[i].item<float>());
+    if (number_in(static_cast<int64_t>(i)) < count && tells_loss()) report.loss.add(losses[i].item<float>());
   }
   return report;
 }

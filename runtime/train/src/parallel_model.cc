@@ -22,6 +22,11 @@ void share_storage(const std::vector<at::Tensor>& from, const std::vector<at::Te
   for (size_t i = 0; i < to.size(); ++i) to[i].set_data(from[i].detach());
 }
 
+// Replicated over the whole tensor group, or held by those that have the same part: two sums.
+int partial_kind(const ParameterPlacement& placement) {
+  return !placement.is_partial ? 0 : placement.tensor_dim < 0 ? 1 : 2;
+}
+
 }  // namespace
 
 // What a unit's call means on this rank.
@@ -44,7 +49,13 @@ class ParallelModel::Runner : public UnitRuntime {
 };
 
 ParallelModel::ParallelModel(const Mesh& mesh, at::Device device, Task& task, const Options& options, LanePool& lanes)
-    : mesh_(mesh), device_(device), task_(task), options_(options), lanes_(lanes) {
+    : mesh_(mesh),
+      device_(device),
+      task_(task),
+      options_(options),
+      lanes_(lanes),
+      parallel_{{&mesh.tensor(), options.sequence_parallel, options.runtime.collective_timeout},
+                {&mesh.context(), options.runtime.collective_timeout}} {
   build();
   build_sync();
   build_optimizer();
@@ -57,7 +68,7 @@ void ParallelModel::build() {
     std::optional<WithoutStorage> without_storage;
     if (options_.zero_stage == 3) without_storage.emplace();
     const nn::MemoryScope memory(nn::MemoryKind::kParameters);
-    models_.push_back(task_.make_model());
+    models_.push_back(task_.make_model(parallel_));
     if (auto* stack = dynamic_cast<LayerStack*>(models_.back().get())) {
       stack->build(chunks_of(*stack));
     } else if (options_.mesh.pipeline > 1) {
@@ -71,7 +82,7 @@ void ParallelModel::build() {
       share_storage(models_[0]->buffers(), models_[lane]->buffers());
     }
   }
-  table_ = ParameterTable(*models_[0], mesh_);
+  table_ = ParameterTable(*models_[0], mesh_, parallel_.tensor);
   if (num_parameters() == 0)
     throw ConfigError("the model of task " + task_.name() + " has no parameter that requires a gradient");
   if (is_pipelined())
@@ -130,7 +141,9 @@ void ParallelModel::build_sync() {
                      .tensor = parameter.tensor,
                      .first_use = parameter.first_use < 0 ? -1 : number[parameter.first_use],
                      .is_tied_away = parameter.is_tied_away,
-                     .is_counted = !parameter.is_tied_away || parameter.name == parameter.own_name});
+                     .is_counted = parameter.placement.is_first_holder() && mesh_.context().rank() == 0 &&
+                                   (!parameter.is_tied_away || parameter.name == parameter.own_name),
+                     .partial_kind = partial_kind(parameter.placement)});
   }
   std::vector<size_t> parts;
   for (const FoundUnit& unit : table_.units()) parts.push_back(part_of(unit));
@@ -218,13 +231,14 @@ void ParallelModel::initialize(uint64_t seed) {
   const int shards = options_.num_shards(), shard = mesh_.data().rank() % shards;
   for (size_t i = 0; i < table_.locals().size(); ++i) {
     const ModelParameter& parameter = table_.locals()[i];
+    const auto fill = [&](const at::Tensor& whole) { task_.initialize(parameter.own_name, whole, seed); };
     if (!fully_sharded_) {
-      if (parameter.first_use < 0) task_.initialize(parameter.own_name, parameter.tensor.detach(), seed);
+      if (parameter.first_use < 0) fill_part(parameter.tensor.detach(), parameter.placement, fill);
       continue;
     }
-    const at::Tensor whole = at::empty(parameter.tensor.sizes(), parameter.tensor.options().requires_grad(false));
-    task_.initialize(parameter.own_name, whole, seed);  // one at a time, for a moment
-    local_part(i).copy_(shard_of(whole, shard, shards));
+    const at::Tensor part = at::empty(parameter.tensor.sizes(), parameter.tensor.options().requires_grad(false));
+    fill_part(part, parameter.placement, fill);  // one at a time, for a moment
+    local_part(i).copy_(shard_of(part, shard, shards));
   }
 }
 
@@ -236,11 +250,16 @@ std::vector<checkpoint::StateTensor> ParallelModel::state() {
     ShardLayout layout{tensor.name, tensor.shape, tensor.dtype, {}};
     for (int rank = 0; rank < world; ++rank) {
       Box box = Box::whole(tensor.shape);
+      if (tensor.tensor_dim >= 0) {
+        const Part& part = tensor.parts[rank % shape.tensor];
+        box.offsets[tensor.tensor_dim] = part.begin;
+        box.sizes[tensor.tensor_dim] = part.size;
+      }
       const int data = rank % per_stage / (shape.context * shape.tensor);
       const bool holds = std::find(tensor.stages.begin(), tensor.stages.end(), rank / per_stage) != tensor.stages.end();
       if (!tensor.shape.empty()) {
-        const RowRange rows = row_range(tensor.shape[0], data % shards, shards);
-        if (is_sharded) box.offsets[0] = rows.begin, box.sizes[0] = rows.count;
+        const RowRange rows = row_range(box.sizes[0], data % shards, shards);
+        if (is_sharded) box.offsets[0] += rows.begin, box.sizes[0] = rows.count;
         if (!holds) box.sizes[0] = 0;
       }
       layout.boxes.push_back(std::move(box));
@@ -296,7 +315,7 @@ std::string ParallelModel::name_of_non_finite_gradient() const {
 }
 
 std::shared_ptr<torch::nn::Module> ParallelModel::whole() const {
-  return fully_sharded_ || mesh_.shape().pipeline > 1 ? nullptr : models_[0];
+  return fully_sharded_ || is_pipelined() || parallel_.is_parallel() ? nullptr : models_[0];
 }
 
 }  // namespace lockstep::train

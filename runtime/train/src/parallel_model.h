@@ -85,7 +85,9 @@ class ParallelModel {
   at::Tensor loss_gradient(const at::Tensor& loss) const;
   void absent_forward(int part);
   void absent_backward(int part);
+  void join_terms();
   void join_tied();
+  bool tells_loss() const { return mesh_.tensor().rank() == 0; }  // equal on all ranks of a tensor group
   StepReport evaluate_in_stages(int64_t rounds, int64_t count, const std::function<data::Batch(int64_t)>& get);
   const PipelineSchedule& schedule(int64_t micro_batches);
   bool is_pipelined() const { return options_.mesh.pipeline > 1; }
@@ -96,6 +98,7 @@ class ParallelModel {
   Task& task_;
   const Options& options_;
   LanePool& lanes_;
+  ModelParallel parallel_;
 
   std::vector<std::shared_ptr<torch::nn::Module>> models_;  // by lane; parameters share lane 0's storage
   std::vector<std::unique_ptr<Runner>> runners_;            // by lane

@@ -13,9 +13,9 @@ namespace lockstep::train {
 
 using nlohmann::json;
 
-ParameterTable::ParameterTable(torch::nn::Module& model, const Mesh& mesh) {
+ParameterTable::ParameterTable(torch::nn::Module& model, const Mesh& mesh, const TensorParallel& tensor) {
   units_ = find_units(model);
-  find_locals(model);
+  find_locals(model, tensor);
   find_ties(dynamic_cast<LayerStack*>(&model));
   for (size_t i = 0; i < locals_.size(); ++i) {
     if (locals_[i].is_trainable) trainable_.push_back(i);
@@ -23,7 +23,9 @@ ParameterTable::ParameterTable(torch::nn::Module& model, const Mesh& mesh) {
   find_globals(model, mesh);
 }
 
-void ParameterTable::find_locals(torch::nn::Module& model) {
+void ParameterTable::find_locals(torch::nn::Module& model, const TensorParallel& tensor) {
+  std::map<std::string, ParameterPlacement> placement_of;
+  for (auto& placement : placements(model, tensor)) placement_of[placement.name] = std::move(placement);
   std::map<std::string, size_t> unit_of;
   for (size_t unit = 0; unit < units_.size(); ++unit) {
     for (const auto& name : units_[unit].parameter_names) unit_of[name] = unit;
@@ -35,7 +37,8 @@ void ParameterTable::find_locals(torch::nn::Module& model) {
                        .own_name = item.key(),
                        .tensor = item.value(),
                        .is_trainable = item.value().requires_grad(),
-                       .unit = unit_of.at(item.key())});
+                       .unit = unit_of.at(item.key()),
+                       .placement = placement_of.at(item.key())});
   }
   std::vector<size_t> sizes(units_.size(), 0);
   for (auto& local : locals_) local.place_in_unit = sizes[local.unit]++;
@@ -76,12 +79,14 @@ void ParameterTable::find_globals(torch::nn::Module& model, const Mesh& mesh) {
   for (size_t i = 0; i < locals_.size(); ++i) {
     const ModelParameter& local = locals_[i];
     if (local.first_use >= 0) continue;
-    mine.push_back({local.own_name, local.tensor.sizes().vec(), checkpoint::dtype_name(local.tensor.scalar_type()),
-                    false, local.is_trainable, i});
+    json parts = json::array();
+    for (const Part& part : local.placement.parts) parts.push_back({part.begin, part.size});
+    mine.push_back({local.own_name, local.placement.shape, checkpoint::dtype_name(local.tensor.scalar_type()), false,
+                    local.is_trainable, i, local.placement.tensor_dim, parts});
   }
   for (const auto& item : model.named_buffers()) {
     mine.push_back({item.key(), item.value().sizes().vec(), checkpoint::dtype_name(item.value().scalar_type()), true,
-                    false, buffers_.size()});
+                    false, buffers_.size(), -1, json::array()});
     buffers_.push_back(item.value());
   }
   const auto texts = all_gather_text(mesh.pipeline(), mine.dump());
@@ -89,7 +94,15 @@ void ParameterTable::find_globals(torch::nn::Module& model, const Mesh& mesh) {
   for (int stage = 0; stage < mesh.pipeline().size(); ++stage) {
     for (const json& entry : json::parse(texts[stage])) {
       const auto [place, is_new] = known.try_emplace(entry[0], globals_.size());
-      if (is_new) globals_.push_back({entry[0], entry[1], entry[2], entry[3], entry[4], {}, -1});
+      if (is_new) {
+        globals_.push_back({.name = entry[0],
+                            .shape = entry[1],
+                            .tensor_dim = entry[6],
+                            .dtype = entry[2],
+                            .is_buffer = entry[3],
+                            .is_trainable = entry[4]});
+        for (const json& part : entry[7]) globals_.back().parts.push_back({part[0], part[1]});
+      }
       GlobalTensor& global = globals_[place->second];
       global.stages.push_back(stage);
       if (stage == mesh.pipeline().rank()) global.local = entry[5];

@@ -9,7 +9,9 @@
 #include <lockstep/collectives/mesh.h>
 #include <lockstep/sharding/gradient_sync.h>
 #include <lockstep/sharding/layer_stack.h>
+#include <lockstep/sharding/parameter_placement.h>
 #include <lockstep/sharding/shard_layout.h>
+#include <lockstep/sharding/tensor_parallel.h>
 #include <lockstep/sharding/unit.h>
 
 namespace lockstep::train {
@@ -23,12 +25,15 @@ struct ModelParameter {
   int64_t first_use = -1;     ///< index of the parameter whose storage this one shares
   bool is_tied_away = false;  ///< the other use is on another stage
   size_t unit = 0, place_in_unit = 0;
+  ParameterPlacement placement;  ///< on the tensor axis
 };
 
 /// A tensor of the whole model, wherever it is: equal on all ranks.
 struct GlobalTensor {
   std::string name;
   std::vector<int64_t> shape;
+  int tensor_dim = -1;      ///< cut over the tensor axis: -1 not
+  std::vector<Part> parts;  ///< of tensor_dim, by rank of the tensor axis
   std::string dtype;
   bool is_buffer = false;
   bool is_trainable = false;
@@ -40,7 +45,7 @@ struct GlobalTensor {
 class ParameterTable {
  public:
   ParameterTable() = default;
-  ParameterTable(torch::nn::Module& model, const Mesh& mesh);
+  ParameterTable(torch::nn::Module& model, const Mesh& mesh, const TensorParallel& tensor);
 
   const std::vector<ModelParameter>& locals() const { return locals_; }
   const std::vector<FoundUnit>& units() const { return units_; }
@@ -54,7 +59,7 @@ class ParameterTable {
   std::vector<std::vector<size_t>> trainable_by_unit() const;
 
  private:
-  void find_locals(torch::nn::Module& model);
+  void find_locals(torch::nn::Module& model, const TensorParallel& tensor);
   void find_ties(const LayerStack* stack);
   void find_globals(torch::nn::Module& model, const Mesh& mesh);
 

@@ -119,7 +119,9 @@ class Trainer {
 int Trainer::num_lanes() {
   if (!device_.is_cpu()) throw ConfigError("the step's kernels are for CPUs so far. Mend: --device=cpu");
   nn::install_cpu_allocator();
-  if (options_.zero_stage >= 2 || options_.mesh.pipeline > 1) return 1;  // their collectives need one order
+  const MeshShape& mesh = options_.mesh;
+  if (options_.zero_stage >= 2 || mesh.pipeline * mesh.context * mesh.tensor > 1)
+    return 1;  // their collectives need one order
   const int64_t share = leaf_share(options_.num_leaves(), mesh_.data().rank(), mesh_.data().size()).count();
   const int wanted = options_.parallel_micro_batches > 0 ? options_.parallel_micro_batches
                                                          : spare_lanes(world_, options_.threads_per_rank);

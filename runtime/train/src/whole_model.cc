@@ -9,7 +9,7 @@
 namespace lockstep::train {
 
 std::shared_ptr<torch::nn::Module> load_whole_model(Fs& fs, Task& task, const std::string& run_dir) {
-  auto model = task.make_model();
+  auto model = task.make_model(ModelParallel{});
   std::set<std::string> second_uses;
   if (auto* stack = dynamic_cast<LayerStack*>(model.get())) {
     stack->build();

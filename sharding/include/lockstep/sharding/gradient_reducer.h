@@ -38,7 +38,7 @@ class GradientReducer : public GradientSync {
   void begin_step() override;
   void fold() override;
   at::Tensor piece_of(size_t i) const override;
-  std::vector<at::Tensor> pieces(Which which) const override;
+  std::vector<at::Tensor> pieces(int partial_kind) const override;
   ExactSum publish() override;
   void wait() override;
   size_t num_buckets() const { return buckets_.size(); }

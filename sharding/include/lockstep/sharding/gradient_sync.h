@@ -28,7 +28,9 @@ struct NamedParameter {
   int64_t first_use = -1;     ///< index of the entry whose storage this one shares; its gradient gets this one's too
   bool is_tied_away = false;  ///< the other use is on another pipeline stage: the caller joins the two, see piece_of()
   bool is_counted = true;     ///< in the squares: of copies on several ranks beyond this group, one counts
-  bool is_partial = false;    ///< a term of a sum over ranks beyond this group: the caller adds them, see pieces()
+  /// Not 0: a term of a sum over ranks beyond this group, which the caller takes, see pieces(). Parameters of one kind
+  /// are summed alike.
+  int partial_kind = 0;
 };
 
 /// Turns the gradients of micro-batches into this rank's part of their sum over the global batch.
@@ -64,10 +66,10 @@ class GradientSync {
   virtual void fold() = 0;
   /// Between fold() and publish(): this rank's piece of a parameter that is_tied_away, to be added to the other use's.
   virtual at::Tensor piece_of(size_t i) const = 0;
-  /// Between fold() and publish(): this rank's pieces, of all parameters or of those that are partial. Ranks beyond
-  /// this group whose parameters have the same shapes and flags have pieces of the same sizes in the same order.
-  enum class Which { kAll, kPartial };
-  virtual std::vector<at::Tensor> pieces(Which which) const = 0;
+  /// Between fold() and publish(): this rank's pieces, of all parameters or of one partial_kind. Ranks beyond this
+  /// group whose parameters have the same shapes and flags have pieces of the same sizes in the same order.
+  static constexpr int kAll = -1;
+  virtual std::vector<at::Tensor> pieces(int partial_kind) const = 0;
   /// Starts gathering the pieces where ranks want more than their own. @return the sum of squares of this rank's
   /// pieces: merged over ranks, each element of the gradient counts once.
   virtual ExactSum publish() = 0;

@@ -51,7 +51,7 @@ class ShardedReducer : public GradientSync {
   void absent_unit(size_t unit);
   void fold() override;
   at::Tensor piece_of(size_t i) const override;
-  std::vector<at::Tensor> pieces(Which which) const override;
+  std::vector<at::Tensor> pieces(int partial_kind) const override;
   ExactSum publish() override;
   void wait() override;
 

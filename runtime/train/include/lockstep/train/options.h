@@ -28,6 +28,7 @@ struct Options {
 
   // layout
   MeshShape mesh;
+  bool sequence_parallel = false;  ///< with tensor parallelism: what lies between its regions is cut along the sequence
   int zero_stage = 0;       ///< sharded over data-parallel ranks: 1 optimizer state, 2 and gradients, 3 and parameters
   int zero_shard_size = 0;  ///< ranks a replica is sharded over, neighbours; 0: all data-parallel ranks
   std::string pipeline_schedule = "1f1b";  ///< gpipe | 1f1b | interleaved

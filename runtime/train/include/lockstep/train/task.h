@@ -9,6 +9,7 @@
 
 #include <lockstep/data/dataset.h>
 #include <lockstep/optim/optimizer.h>
+#include <lockstep/sharding/model_parallel.h>
 
 namespace lockstep::train {
 
@@ -28,7 +29,10 @@ class Task {
   /// Builds one instance of the model. Called once a lane; instances then share parameter storage. Values are set by
   /// initialize(). Units (sharding/unit.h) and stacks (sharding/layer_stack.h) are what ZeRO-3, recomputation and
   /// pipelines go by.
-  virtual std::shared_ptr<torch::nn::Module> make_model() = 0;
+  virtual std::shared_ptr<torch::nn::Module> make_model();
+  /// The same, its layers cut over the ranks of tensor- and context-parallel groups (sharding/tensor_parallel.h).
+  /// Default: make_model(), which no such group may cut. Override one of the two.
+  virtual std::shared_ptr<torch::nn::Module> make_model(const ModelParallel& parallel);
   /// Fills one parameter from `seed`, from a stream keyed by its name, so that no layout changes it.
   /// @param parameter the whole tensor, though no rank may ever have the whole model.
   virtual void initialize(const std::string& name, const at::Tensor& parameter, uint64_t seed) = 0;
