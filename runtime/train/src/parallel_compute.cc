@@ -42,6 +42,12 @@ void add_loss(StepReport& report, const LossSum& loss) {
   if (loss.correct.defined()) report.correct.add(loss.correct.item<double>());
 }
 
+// A first stage without layers has nothing to say, but must say something.
+at::Tensor run_chunk(LayerStack& stack, int chunk, const at::Tensor& input, const data::Batch& batch) {
+  at::Tensor output = stack.run(chunk, input, batch.valid_tensors());
+  return output.defined() ? output : at::zeros({0});
+}
+
 }  // namespace
 
 // What holds while a micro-batch computes.
@@ -141,7 +147,7 @@ void ParallelModel::compute_in_stages(int64_t step, const std::vector<data::Batc
     at::Tensor output;
     if (micro_batch < present) {
       const Scope scope(*this, step, leaves[micro_batch]);
-      output = stack.run(chunk, input, on_device(batches[micro_batch]).valid_tensors());
+      output = run_chunk(stack, chunk, input, on_device(batches[micro_batch]));
     } else {
       absent_forward(chunk);
       output = input.defined() ? input : at::zeros({}, device_).requires_grad_();
@@ -268,7 +274,7 @@ StepReport ParallelModel::evaluate_in_stages(int64_t rounds, int64_t count,
     if (number_in(round) < count) {
       const Scope scope(*this, /*step=*/0, number_in(round));
       const data::Batch batch = on_device(get(number_in(round)));
-      output = stack.run(chunk, input, batch.valid_tensors());
+      output = run_chunk(stack, chunk, input, batch);
       if (chunk == 0 && counts_batches()) report.count += task_.count(batch);
     } else {
       absent_forward(chunk);
