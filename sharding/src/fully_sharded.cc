@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <lockstep/base/error.h>
+#include <lockstep/nn/cpu_allocator.h>
 #include <lockstep/sharding/fully_sharded.h>
 #include <lockstep/sharding/parameter_gather.h>
 
@@ -29,7 +30,11 @@ struct FullySharded::State {
       numel += (parameter.numel() + kAlignment - 1) / kAlignment * kAlignment;
     }
     const auto options = unit.parameters[0].options().requires_grad(false);
-    flat_shard = at::zeros({gather.shard_numel()}, options);
+    {
+      const nn::MemoryScope memory(nn::MemoryKind::kParameters);
+      flat_shard = at::zeros({gather.shard_numel()}, options);
+    }
+    const nn::MemoryScope memory(nn::MemoryKind::kGathered);
     whole = at::empty({numel}, options);  // views want memory to be made; it is given back below
     bytes = static_cast<int64_t>(whole.nbytes());
     for (size_t i = 0; i < unit.parameters.size(); ++i) {
@@ -42,7 +47,10 @@ struct FullySharded::State {
     resize(0);
   }
 
-  void resize(int64_t to) { at::native::resize_bytes_cpu(whole.storage().unsafeGetStorageImpl(), to); }
+  void resize(int64_t to) {
+    const nn::MemoryScope memory(nn::MemoryKind::kGathered);
+    at::native::resize_bytes_cpu(whole.storage().unsafeGetStorageImpl(), to);
+  }
 
   ShardedUnit unit;
   ParameterGather gather;

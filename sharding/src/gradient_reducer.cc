@@ -9,6 +9,7 @@
 #include <ATen/ops/full.h>
 
 #include <lockstep/base/error.h>
+#include <lockstep/nn/cpu_allocator.h>
 #include <lockstep/sharding/bucket_layout.h>
 #include <lockstep/sharding/gradient_reducer.h>
 
@@ -114,6 +115,7 @@ void GradientReducer::build_buckets() {
 }
 
 void GradientReducer::allocate(Bucket& bucket) {
+  const nn::MemoryScope memory(nn::MemoryKind::kGradients);
   const BucketLayout& layout = bucket.layout;
   const auto options = parameters_[bucket.parameters[0]].tensor.options().requires_grad(false);
   for (size_t r = 0; r < std::max<size_t>(1, root_blocks_.size()); ++r)
@@ -202,6 +204,7 @@ void GradientReducer::launch_ready_buckets(size_t bucket_number) {
 }
 
 void GradientReducer::reduce_bucket(Bucket& bucket) {
+  const nn::MemoryScope memory(nn::MemoryKind::kScratch);
   if (options_.reduction == Reduction::kOrdered) {
     bucket.reduction.emplace(group_, options_.num_leaves, bucket.roots, bucket.layout.pieces(), bucket.piece.options(),
                              options_.timeout);

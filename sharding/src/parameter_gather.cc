@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include <lockstep/nn/cpu_allocator.h>
 #include <lockstep/sharding/parameter_gather.h>
 
 namespace lockstep {
@@ -22,6 +23,7 @@ ParameterGather::ParameterGather(ProcessGroup& group, const std::vector<at::Tens
       options_(parameters[0].options().requires_grad(false)) {}
 
 void ParameterGather::start_from(const std::vector<at::Tensor>& parameters) {
+  const nn::MemoryScope memory(nn::MemoryKind::kScratch);
   packed_ = at::empty({layout_.numel()}, options_);
   const Piece own = layout_.pieces()[group_->rank()];
   auto* out = packed_.mutable_data_ptr<float>();
@@ -35,6 +37,7 @@ void ParameterGather::start_from(const std::vector<at::Tensor>& parameters) {
 }
 
 void ParameterGather::start_from_shard(const at::Tensor& flat_shard) {
+  const nn::MemoryScope memory(nn::MemoryKind::kScratch);
   if (!packed_.defined()) packed_ = at::empty({layout_.numel()}, options_);
   std::vector<int64_t> counts;
   for (const Piece& piece : layout_.pieces()) counts.push_back(piece.numel);

@@ -5,6 +5,7 @@
 #include <ATen/ops/full.h>
 
 #include <lockstep/base/error.h>
+#include <lockstep/nn/cpu_allocator.h>
 #include <lockstep/sharding/sharded_reducer.h>
 
 #include "add.h"
@@ -12,7 +13,7 @@
 namespace lockstep {
 namespace {
 
-constexpr size_t kMaxFlights = 2;
+constexpr size_t kMaxFlights = 1;  // one is collected, one travels
 
 }  // namespace
 
@@ -78,6 +79,7 @@ void ShardedReducer::allocate(std::vector<size_t> members, size_t unit) {
   buckets_.push_back(
       std::make_unique<Bucket>(std::move(members), BucketLayout(shapes, options_.num_shards, num_replicas()), unit));
   Bucket& bucket = *buckets_.back();
+  const nn::MemoryScope memory(nn::MemoryKind::kGradients);
   bucket.shard = at::full({bucket.layout.shard_numel(shard())}, kNothing, f32);
   const Piece own = bucket.layout.pieces_of_shard(shard())[group_.rank() / options_.num_shards];
   bucket.piece = bucket.shard.narrow(0, own.offset, own.numel);
@@ -131,6 +133,7 @@ void ShardedReducer::deliver(int64_t leaf, size_t parameter, at::Tensor grad) {
   LOCKSTEP_CHECK(leaf / group_.size() == part.round)
       << "leaf " << leaf << " in round " << part.round << ": leaves ascend";
   if (!bucket.buffer.defined()) {
+    const nn::MemoryScope memory(nn::MemoryKind::kBuckets);
     bucket.buffer = at::empty({bucket.layout.numel()}, bucket.piece.options());
     for (const auto& [offset, numel] : bucket.layout.padding())
       std::fill_n(bucket.buffer.mutable_data_ptr<float>() + offset, numel, kNothing);
@@ -166,6 +169,7 @@ void ShardedReducer::launch(size_t number, int64_t round) {
   }
   Flight flight{number, round, std::exchange(bucket.buffer, at::Tensor()), {}, {}};
   if (!has_leaf) flight.buffer = at::empty({0}, bucket.piece.options());
+  const nn::MemoryScope memory(nn::MemoryKind::kScratch);
   flight.received = at::empty({have * pieces[rank].numel}, bucket.piece.options());
   flight.work = group_.all_to_all(flight.received, flight.buffer, receive_counts, send_counts, options_.timeout);
   flights_.push_back(std::move(flight));
@@ -204,6 +208,7 @@ void ShardedReducer::push_round(Bucket& bucket, int64_t round, at::Tensor receiv
     counter.clear();
     return;
   }
+  const nn::MemoryScope memory(nn::MemoryKind::kGradients);
   for (auto& [block, sum] : counter) {
     if (sum.is_alias_of(received)) sum = sum.clone();
   }

@@ -1,4 +1,4 @@
-"""What lockstep computes, said again in PyTorch: data order, GPT-2 and Llama-style models, the optimizer step. The oracle of parity_test.py
+"""What lockstep computes, said again in PyTorch: data order, GPT-2 and Llama-style models, the optimizer step. The oracle of parity_with_pytorch_test.py
 and the peer of tests/bench. Model code is plain and complete on purpose; weights and batches come from lockstep's own files."""
 
 import json

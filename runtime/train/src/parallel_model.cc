@@ -66,7 +66,7 @@ ParallelModel::~ParallelModel() = default;
 void ParallelModel::build() {
   for (int lane = 0; lane < lanes_.size(); ++lane) {
     std::optional<WithoutStorage> without_storage;
-    if (options_.zero_stage == 3) without_storage.emplace();
+    if (options_.zero_stage == 3 || lane > 0) without_storage.emplace();  // it will have lane 0's
     const nn::MemoryScope memory(nn::MemoryKind::kParameters);
     models_.push_back(task_.make_model(parallel_));
     if (auto* stack = dynamic_cast<LayerStack*>(models_.back().get())) {
@@ -236,6 +236,7 @@ void ParallelModel::initialize(uint64_t seed) {
       if (parameter.first_use < 0) fill_part(parameter.tensor.detach(), parameter.placement, fill);
       continue;
     }
+    const nn::MemoryScope memory(nn::MemoryKind::kParameters);
     const at::Tensor part = at::empty(parameter.tensor.sizes(), parameter.tensor.options().requires_grad(false));
     fill_part(part, parameter.placement, fill);  // one at a time, for a moment
     local_part(i).copy_(shard_of(part, shard, shards));

@@ -1,5 +1,7 @@
+#include <array>
 #include <chrono>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include <unistd.h>
@@ -40,6 +42,27 @@ int64_t resident_bytes() {
     std::fclose(file);
   }
   return static_cast<int64_t>(resident) * sysconf(_SC_PAGESIZE);
+}
+
+// Peak bytes by purpose on the rank that has most of each, counted by the CPU allocator since the process began.
+nlohmann::ordered_json peak_memory(ProcessGroup& world) {
+  constexpr std::array<const char*, nn::kMemoryKinds> kNames = {
+      "activations and other", "parameters", "gradients", "optimizer", "gathered", "buckets", "scratch"};
+  std::array<int64_t, nn::kMemoryKinds> mine{};
+  for (size_t kind = 0; kind < mine.size(); ++kind)
+    mine[kind] = nn::cpu_memory(static_cast<nn::MemoryKind>(kind)).peak_bytes;
+  const std::string all = all_gather_bytes(world, std::as_bytes(std::span(mine)));
+  nlohmann::ordered_json peaks;
+  for (size_t kind = 0; kind < mine.size(); ++kind) {
+    int64_t most = 0;
+    for (int rank = 0; rank < world.size(); ++rank) {
+      int64_t value = 0;
+      std::memcpy(&value, all.data() + (rank * mine.size() + kind) * sizeof(value), sizeof(value));
+      most = std::max(most, value);
+    }
+    peaks[kNames[kind]] = most;
+  }
+  return peaks;
 }
 
 // What rank 0 writes while the run goes on.
@@ -229,11 +252,14 @@ Result Trainer::run() {
   }
   result_.steps = step_;
   result_.train_seconds = seconds_since(start);
+  const auto memory = peak_memory(world_);
   if (is_chief()) {
     watch_->progress.finish();
     ledger_->append(
         "end",
-        nlohmann::ordered_json{{"step", step_}, {"loss", result_.loss}, {"train_s", result_.train_seconds}}.dump());
+        nlohmann::ordered_json{
+            {"step", step_}, {"loss", result_.loss}, {"train_s", result_.train_seconds}, {"peak_bytes", memory}}
+            .dump());
     LOG(INFO) << "done: " << step_ << " steps in " << result_.train_seconds << " s, loss " << result_.loss
               << (validation_ ? ", validation loss " + std::to_string(result_.validation_loss) : "");
     sign_off();

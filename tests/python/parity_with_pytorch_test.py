@@ -1,4 +1,4 @@
-"""parity_test.py BIN_DIR: one rank of lockstep and plain PyTorch train the same model from the same weights on the same batches, 30 steps of
+"""parity_with_pytorch_test.py BIN_DIR: one rank of lockstep and plain PyTorch train the same model from the same weights on the same batches, 30 steps of
 AdamW with clipping and schedule. Losses agree to 2e-5 relative at every step, final parameters to 1e-4 of each tensor's largest value."""
 
 import json
