@@ -101,8 +101,43 @@ struct Outcome {
   std::map<std::string, std::string> weights;
 };
 
+// A layout of tier A: ranks, and what else of the options says how the run is cut.
+struct Layout {
+  int world_size = 1;
+  std::function<void(Options&)> set = [](Options&) {};
+  std::string name;
+};
+
+Layout buckets(int world_size, int64_t bytes) {
+  return {world_size, [=](Options& options) { options.bucket_bytes = bytes; },
+          std::to_string(world_size) + " ranks, buckets of " + std::to_string(bytes) + " bytes"};
+}
+
+Layout sharded(int world_size, int zero_stage, int shard_size = 0, Recompute recompute = Recompute::kNone) {
+  return {world_size,
+          [=](Options& options) {
+            options.zero_stage = zero_stage;
+            options.zero_shard_size = shard_size;
+            options.recompute = recompute;
+          },
+          std::to_string(world_size) + " ranks, ZeRO " + std::to_string(zero_stage) + " over " +
+              std::to_string(shard_size) + ", recompute " + std::to_string(static_cast<int>(recompute))};
+}
+
+Layout pipelined(int world_size, int stages, const std::string& schedule, int zero_stage) {
+  return {world_size,
+          [=](Options& options) {
+            options.mesh.pipeline = stages;
+            options.pipeline_schedule = schedule;
+            options.pipeline_chunks = schedule == "interleaved" ? 2 : 1;
+            options.zero_stage = zero_stage;
+          },
+          std::to_string(world_size) + " ranks, " + std::to_string(stages) + " stages, " + schedule + ", ZeRO " +
+              std::to_string(zero_stage)};
+}
+
 template <typename TaskType>
-Outcome train_on(int world_size, int64_t bucket_bytes) {
+Outcome train_on(const Layout& layout) {
   const std::filesystem::path run_dir = testing::TempDir() + "/same_bits_" + std::to_string(getpid());
   std::filesystem::remove_all(run_dir);
   Options options;
@@ -110,17 +145,18 @@ Outcome train_on(int world_size, int64_t bucket_bytes) {
   options.steps = kSteps;
   options.global_batch_size = 24;
   options.micro_batch_size = 3;  // eight micro-batches: uneven shares on 3 and 5 ranks
-  options.bucket_bytes = bucket_bytes;
   options.schedule.learning_rate = 2e-3;
   options.schedule.warmup_steps = 5;
   options.checkpoint_interval_steps = 0;
   options.eval_interval_steps = 0;
   options.log_interval_steps = 1000;
+  layout.set(options);
   Outcome outcome;
-  run_local_ranks(world_size, [&](ProcessGroup& group) {
+  run_local_ranks(layout.world_size, [&](ProcessGroup& group) {
     // The Trainer hands its model to finished() on rank 0 alone: the only thread that writes here.
     struct Keeping : TaskType {
       Outcome* outcome;
+      bool wants_finished_model() const override { return true; }
       void finished(torch::nn::Module& model) override {
         for (const auto& item : model.named_parameters()) {
           const at::Tensor values = item.value().detach().contiguous();
@@ -142,28 +178,42 @@ Outcome train_on(int world_size, int64_t bucket_bytes) {
 }
 
 template <typename TaskType>
-void expect_same_bits_on_every_layout() {
-  const Outcome one = train_on<TaskType>(1, 25 << 20);
+void expect_same_bits_on(const std::vector<Layout>& layouts) {
+  const Outcome one = train_on<TaskType>({});
   ASSERT_EQ(one.losses.size(), kSteps);
   ASSERT_FALSE(one.weights.empty());
-  const auto expect_same = [&](int world_size, int64_t bucket_bytes) {
-    SCOPED_TRACE(std::to_string(world_size) + " ranks, buckets of " + std::to_string(bucket_bytes) + " bytes");
-    const Outcome other = train_on<TaskType>(world_size, bucket_bytes);
+  for (const Layout& layout : layouts) {
+    SCOPED_TRACE(layout.name);
+    const Outcome other = train_on<TaskType>(layout);
     EXPECT_EQ(other.losses, one.losses);
     EXPECT_EQ(other.weights.size(), one.weights.size());
     for (const auto& [name, bytes] : one.weights) EXPECT_TRUE(other.weights.at(name) == bytes) << name;
-  };
-  for (const int world_size : {2, 3, 4, 5, 8}) expect_same(world_size, 25 << 20);
-  for (const int64_t bucket_bytes : {int64_t{1} << 10, int64_t{1} << 20, int64_t{1} << 40})
-    expect_same(3, bucket_bytes);
+  }
 }
 
+const std::vector<Layout> kDataParallel = {buckets(2, 25 << 20), buckets(3, 25 << 20),        buckets(4, 25 << 20),
+                                           buckets(5, 25 << 20), buckets(8, 25 << 20),        buckets(3, 1 << 10),
+                                           buckets(3, 1 << 20),  buckets(3, int64_t{1} << 40)};
+const std::vector<Layout> kSharded = {sharded(2, 1),    sharded(3, 2, 0, Recompute::kFull),
+                                      sharded(5, 3),    sharded(4, 3, 2, Recompute::kSelective),
+                                      sharded(6, 1, 3), sharded(8, 2, 4)};
+
 TEST(SameBitsLocalTest, GptTrainsToTheSameBitsOnAnyNumberOfRanksAndInAnyBuckets) {
-  expect_same_bits_on_every_layout<GptTask>();
+  expect_same_bits_on<GptTask>(kDataParallel);
 }
 
 TEST(SameBitsLocalTest, VitTrainsToTheSameBitsOnAnyNumberOfRanksAndInAnyBuckets) {
-  expect_same_bits_on_every_layout<VitTask>();
+  expect_same_bits_on<VitTask>(kDataParallel);
+}
+
+TEST(SameBitsLocalTest, GptTrainsToTheSameBitsShardedAndRecomputed) { expect_same_bits_on<GptTask>(kSharded); }
+
+TEST(SameBitsLocalTest, VitTrainsToTheSameBitsSharded) { expect_same_bits_on<VitTask>(kSharded); }
+
+TEST(SameBitsLocalTest, GptTrainsToTheSameBitsInPipelines) {
+  expect_same_bits_on<GptTask>({pipelined(2, 2, "1f1b", 0), pipelined(4, 2, "gpipe", 3),
+                                pipelined(6, 2, "interleaved", 2), pipelined(6, 2, "interleaved", 3),
+                                pipelined(4, 4, "1f1b", 1)});
 }
 
 }  // namespace
