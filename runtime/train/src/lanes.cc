@@ -10,6 +10,7 @@
 
 namespace lockstep::train {
 
+// NOLINTNEXTLINE(bugprone-throw-keyword-missing): a vector of exception pointers, none thrown here
 LanePool::LanePool(int num_lanes, const std::function<void()>& prepare) : errors_(num_lanes) {
   prepare();
   busy_ = num_lanes - 1;
@@ -84,7 +85,7 @@ int spare_lanes(ProcessGroup& world, int threads_per_lane) {
   cpu_set_t mask;
   CPU_ZERO(&mask);
   const int bound = sched_getaffinity(0, sizeof(mask), &mask) == 0 ? CPU_COUNT(&mask) : online;
-  const int cores = bound < online ? bound : online / neighbours;
+  const int cores = bound < online ? bound : online / std::max(1, neighbours);
   return std::max(1, cores / threads_per_lane);
 }
 

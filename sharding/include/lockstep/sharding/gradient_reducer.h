@@ -11,7 +11,7 @@ namespace lockstep {
 struct GradientReducerOptions {
   int64_t num_leaves = 1;                 ///< micro-batches of a global batch, over all ranks of the group
   int num_shards = 1;                     ///< ranks a gradient is sharded over, neighbours; divides the group's size
-  int64_t bucket_bytes = 25 * (1 << 20);  ///< PyTorch DDP's default (kDefaultBucketBytesCap)
+  int64_t bucket_bytes = int64_t{25} << 20;  ///< PyTorch DDP's default (kDefaultBucketBytesCap)
   int64_t first_bucket_bytes = 1 << 20;   ///< a small first bucket leaves early (kDefaultFirstBucketBytes)
   Reduction reduction = Reduction::kOrdered;
   Milliseconds timeout = ProcessGroup::kDefaultTimeout;
@@ -32,6 +32,8 @@ class GradientReducer : public GradientSync {
   /// Collective: compares names and shapes over the ranks. @throws ConfigError two ranks have different parameters.
   GradientReducer(ProcessGroup& group, std::vector<NamedParameter> parameters, GradientReducerOptions options);
   ~GradientReducer() override;
+  GradientReducer(const GradientReducer&) = delete;
+  GradientReducer& operator=(const GradientReducer&) = delete;
 
   LeafShare share() const { return share_; }
   std::vector<int64_t> leaves() const override;

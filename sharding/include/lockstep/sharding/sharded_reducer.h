@@ -39,6 +39,8 @@ class ShardedReducer : public GradientSync {
   /// Collective: compares names and shapes over the ranks. @throws ConfigError two ranks have different parameters.
   ShardedReducer(ProcessGroup& group, std::vector<NamedParameter> parameters, ShardedReducerOptions options);
   ~ShardedReducer() override;
+  ShardedReducer(const ShardedReducer&) = delete;
+  ShardedReducer& operator=(const ShardedReducer&) = delete;
 
   std::vector<int64_t> leaves() const override;
   /// Micro-batches of the rank that has most. A rank that has fewer calls absent_leaf() for the rest.
