@@ -53,12 +53,12 @@ at::Tensor run_chunk(LayerStack& stack, int chunk, const at::Tensor& input, cons
 // What holds while a micro-batch computes.
 struct ParallelModel::Scope {
   Scope(const ParallelModel& model, int64_t step, int64_t leaf)
-      : randomness({model.options_.seed, static_cast<uint64_t>(step), static_cast<uint64_t>(leaf)}),
+      : key({model.options_.seed, static_cast<uint64_t>(step), static_cast<uint64_t>(leaf), model.weight_}),
         autocast(model.device_.type(), model.options_.precision == "bf16") {
     // Weights that come and go have no place where a copy could be known by.
     if (model.options_.zero_stage < 3) share_casts.emplace();
   }
-  nn::StepScope randomness;
+  nn::StepScope key;
   nn::AutocastGuard autocast;
   std::optional<nn::WeightCacheScope> share_casts;
 };
