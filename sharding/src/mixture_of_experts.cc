@@ -1,3 +1,5 @@
+#include <numeric>
+
 #include <torch/torch.h>
 
 #include <lockstep/base/error.h>
@@ -5,6 +7,8 @@
 #include <lockstep/nn/functions.h>
 #include <lockstep/nn/precision.h>
 #include <lockstep/sharding/mixture_of_experts.h>
+
+#include "rank_sum.h"
 
 namespace lockstep {
 namespace {
@@ -50,11 +54,39 @@ void add_over(ProcessGroup* group, const at::Tensor& counts, Milliseconds timeou
 
 }  // namespace
 
-ExpertLinear::ExpertLinear(int64_t num_experts, int64_t in, int64_t out) : out_(out) {
-  weight = register_parameter("weight", at::zeros({num_experts * out, in}));
+ExpertLinear::ExpertLinear(int64_t num_experts, int64_t in, int64_t out, const ModelParallel& parallel)
+    : parallel_(parallel), experts_(even_parts(num_experts, parallel.expert.size())), in_(in), out_(out) {
+  weight = register_parameter("weight", at::zeros({experts_[parallel.expert.rank()].size * out, in}));
 }
 
-std::vector<at::Tensor> ExpertLinear::by_expert() const { return weight.view({-1, out_, weight.size(1)}).unbind(0); }
+const std::vector<at::Tensor>& ExpertLinear::uses() {
+  if (uses_.empty() && parallel_.expert.size() == 1) uses_ = {weight};
+  while (static_cast<int>(uses_.size()) < parallel_.expert.size())
+    uses_.push_back(weight.detach().requires_grad_(weight.requires_grad()));
+  return uses_;
+}
+
+std::vector<at::Tensor> ExpertLinear::by_expert(int source) { return uses()[source].view({-1, out_, in_}).unbind(0); }
+
+ParameterPlacement ExpertLinear::placement(const std::string&) const {
+  ParameterPlacement placement;
+  placement.shape = {(experts_.back().begin + experts_.back().size) * out_, in_};
+  placement.is_partial = parallel_.tensor.is_sequence_parallel();
+  if (parallel_.expert.size() == 1) return placement;
+  placement.tensor_dim = 0;
+  placement.parts = scaled(experts_, out_);
+  placement.expert_rank = parallel_.expert.rank();
+  return placement;
+}
+
+std::map<std::string, std::vector<at::Tensor>> expert_uses(torch::nn::Module& model) {
+  std::map<std::string, std::vector<at::Tensor>> uses;
+  for (const auto& item : model.named_modules()) {
+    if (auto* const experts = dynamic_cast<ExpertLinear*>(item.value().get()))
+      uses[item.key() + ".weight"] = experts->uses();
+  }
+  return uses;
+}
 
 // Choice: token * top_k + k. Sorted: choices by expert, each expert's in the order of tokens.
 struct MixtureOfExperts::Routing {
@@ -71,9 +103,13 @@ MixtureOfExperts::MixtureOfExperts(const MixtureOptions& options, const ModelPar
     throw ConfigError("a token can not go to " + num(options.top_k) + " of " + num(options.num_experts) +
                       " experts. Mend: --experts_per_token from 1 to --experts");
   }
+  if (options.num_experts < parallel.expert.size()) {
+    throw ConfigError("--experts=" + num(options.num_experts) + " are too few for --expert_parallel_size=" +
+                      num(parallel.expert.size()) + ": each of its ranks has at least one");
+  }
   router_ = register_module("router", std::make_shared<nn::Linear>(options.width, options.num_experts, /*bias=*/false));
   const auto experts = [&](const char* name, int64_t in, int64_t out) {
-    return register_module(name, std::make_shared<ExpertLinear>(options.num_experts, in, out));
+    return register_module(name, std::make_shared<ExpertLinear>(options.num_experts, in, out, parallel));
   };
   gate_ = experts("gate", options.width, options.ffn_width);
   up_ = experts("up", options.width, options.ffn_width);
@@ -85,7 +121,7 @@ at::Tensor MixtureOfExperts::forward(const at::Tensor& x_BTC) {
   const Routing routing = route(x_NC);
   const auto type = nn::is_bf16() ? at::kBFloat16 : x_NC.scalar_type();
   const at::Tensor rows = TakeRows::apply(x_NC, routing.tokens, routing.place_NK, type);
-  const at::Tensor outputs = run_experts(rows, routing.counts);
+  const at::Tensor outputs = travel(rows, routing.counts);
   const at::Tensor y_NKC =
       TakeRows::apply(outputs, routing.place_NK.flatten(), routing.sorted.unsqueeze(1), outputs.scalar_type())
           .unflatten(0, routing.place_NK.sizes());
@@ -127,15 +163,40 @@ at::Tensor MixtureOfExperts::balanced(const at::Tensor& p_NE, const at::Tensor& 
   return AddSlope::apply(p_NE, share * scale);
 }
 
-// One expert after the other, those without tokens too: the graph is the same on all ranks, the gradients are zeros.
+// Rows to the ranks of their experts, through them, and back to where they came from.
+at::Tensor MixtureOfExperts::travel(const at::Tensor& rows, const std::vector<int64_t>& counts) const {
+  const ExpertParallel& ep = parallel_.expert;
+  if (ep.size() == 1) return run_experts(rows, counts);
+  const at::Tensor all = gather_ranks(*ep.group, at::tensor(counts), ep.timeout);
+  const auto rows_of = all.accessor<int64_t, 2>();  // [source rank][expert]
+  const std::vector<Part> experts = even_parts(options_.num_experts, ep.size());
+  std::vector<int64_t> send, receive, received_counts;
+  for (int rank = 0; rank < ep.size(); ++rank) {
+    const auto& [begin, size] = experts[rank];
+    send.push_back(std::accumulate(counts.begin() + begin, counts.begin() + begin + size, int64_t{0}));
+    receive.push_back(0);
+    const auto& mine = experts[ep.rank()];
+    for (int64_t i = mine.begin; i < mine.begin + mine.size; ++i) {
+      received_counts.push_back(rows_of[rank][i]);
+      receive.back() += received_counts.back();
+    }
+  }
+  return exchange_rows(run_experts(exchange_rows(rows, send, receive, ep), received_counts), receive, send, ep);
+}
+
+// `counts` of rows by source rank, then by this rank's experts. Those without rows run too: so the graph is the same on
+// all ranks, and their gradients are zeros.
 at::Tensor MixtureOfExperts::run_experts(const at::Tensor& rows, const std::vector<int64_t>& counts) const {
   const auto inputs = rows.split_with_sizes(counts);
-  const auto gate = gate_->by_expert(), up = up_->by_expert(), down = down_->by_expert();
+  const at::Tensor none;
   std::vector<at::Tensor> outputs;
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    const at::Tensor none;
-    const at::Tensor hidden = nn::swiglu(nn::linear(inputs[i], gate[i], none), nn::linear(inputs[i], up[i], none));
-    outputs.push_back(nn::linear(hidden, down[i], none));
+  for (int source = 0; source < parallel_.expert.size(); ++source) {
+    const auto gate = gate_->by_expert(source), up = up_->by_expert(source), down = down_->by_expert(source);
+    for (size_t i = 0; i < gate.size(); ++i) {
+      const at::Tensor& x = inputs[outputs.size()];
+      const at::Tensor hidden = nn::swiglu(nn::linear(x, gate[i], none), nn::linear(x, up[i], none));
+      outputs.push_back(nn::linear(hidden, down[i], none));
+    }
   }
   return at::cat(outputs);
 }

@@ -154,6 +154,16 @@ Layout pipelined(int world_size, int stages, const std::string& schedule, int ze
               std::to_string(zero_stage)};
 }
 
+// Experts shared by ranks of the data axis.
+Layout shared(int world_size, int experts, Layout other = {}) {
+  return {world_size,
+          [=](Options& options) {
+            other.set(options);
+            options.mesh.expert = experts;
+          },
+          std::to_string(world_size) + " ranks, experts shared by " + std::to_string(experts) + ", " + other.name};
+}
+
 template <typename TaskType>
 Outcome train_on(const Layout& layout) {
   const std::filesystem::path run_dir = testing::TempDir() + "/same_bits_" + std::to_string(getpid());
@@ -198,8 +208,8 @@ Outcome train_on(const Layout& layout) {
 }
 
 template <typename TaskType>
-void expect_same_bits_on(const std::vector<Layout>& layouts) {
-  const Outcome one = train_on<TaskType>({});
+void expect_same_bits_on(const std::vector<Layout>& layouts, const Layout& first = {}) {
+  const Outcome one = train_on<TaskType>(first);
   ASSERT_EQ(one.losses.size(), kSteps);
   ASSERT_FALSE(one.weights.empty());
   for (const Layout& layout : layouts) {
@@ -242,6 +252,27 @@ TEST(SameBitsLocalTest, AMixtureOfExpertsTrainsToTheSameBitsOnEveryLayout) {
                                     buckets(8, 25 << 20), sharded(2, 1), sharded(3, 2, 0, Recompute::kFull),
                                     sharded(4, 3, 2, Recompute::kSelective), pipelined(4, 2, "gpipe", 3),
                                     pipelined(6, 2, "interleaved", 0)});
+}
+
+// Five micro-batches of validation: on two and four ranks some have none in the last round.
+TEST(SameBitsLocalTest, ExpertsSharedByRanksTrainToTheSameBits) {
+  expect_same_bits_on<MixtureTask>({shared(2, 2), shared(4, 4), shared(8, 2), shared(4, 2, sharded(4, 1)),
+                                    shared(4, 2, sharded(4, 1, 2, Recompute::kFull)),
+                                    shared(4, 2, pipelined(4, 2, "1f1b", 1)),
+                                    shared(4, 2, pipelined(4, 2, "interleaved", 0))});
+}
+
+// Which change bits themselves, but not more where experts are shared.
+TEST(SameBitsLocalTest, ExpertsSharedByRanksTrainToTheSameBitsUnderSequenceAndContextParallelism) {
+  const Layout by_sequence{4,
+                           [](Options& options) {
+                             options.mesh.tensor = 2;
+                             options.sequence_parallel = true;
+                           },
+                           "sequence parallel"};
+  const Layout by_context{4, [](Options& options) { options.mesh.context = 2; }, "context parallel"};
+  for (const Layout& layout : {by_sequence, by_context})
+    expect_same_bits_on<MixtureTask>({shared(4, 2, layout)}, layout);
 }
 
 }  // namespace

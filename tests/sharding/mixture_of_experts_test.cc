@@ -128,21 +128,6 @@ TEST(MixtureOfExpertsTest, AnExpertWithoutTokensHasAGradientOfZeros) {
   }
 }
 
-TEST(MixtureOfExpertsTest, BitsDoNotDependOnThreads) {
-  MixtureOfExperts module(kOptions, {});
-  initialize(module);
-  const at::Tensor x = normal({4, 33, 12}, 4);
-  std::vector<at::Tensor> runs;
-  for (const int threads : {1, 2}) {
-    at::set_num_threads(threads);
-    const at::Tensor leaf = x.clone().requires_grad_();
-    const at::Tensor y = module.forward(leaf);
-    y.sum().backward();
-    runs.push_back(at::cat({y.detach().flatten(), leaf.grad().flatten()}));
-  }
-  EXPECT_TRUE(same_bits(runs[0], runs[1]));
-}
-
 TEST(MixtureOfExpertsTest, ASequenceThatIsCutHasOneBalance) {
   MixtureOptions options = kOptions;
   const at::Tensor x = normal({2, 24, 12}, 5);
@@ -170,6 +155,94 @@ TEST(MixtureOfExpertsTest, ASequenceThatIsCutHasOneBalance) {
       });
       EXPECT_LE(error_of(at::stack(parts).sum(0), whole), 2e-6) << ranks << (by_context ? " context" : " tensor");
     }
+  }
+}
+
+// Fills this rank's rows of what one rank would have.
+void initialize_part(MixtureOfExperts& module, const torch::nn::Module& whole) {
+  for (const ParameterPlacement& placement : placements(module, {})) {
+    fill_part(module.named_parameters()[placement.name], placement,
+              [&](const at::Tensor& values) { values.copy_(whole.named_parameters()[placement.name].detach()); });
+  }
+}
+
+TEST(MixtureOfExpertsTest, ExpertsSharedByRanksGiveEachRanksTokensTheBitsOfOneRank) {
+  for (const int ranks : {1, 2, 3, 4}) {
+    for (const bool bf16 : {false, true}) {
+      run_local_ranks(ranks, [&](ProcessGroup& group) {
+        const auto pass = [&](MixtureOfExperts& module, int source) {
+          // No two ranks have as many tokens, and the last one's all want the same experts.
+          at::Tensor x = normal({1, 3 + 2 * source, 12}, 20 + source);
+          if (source == ranks - 1) x = x.select(1, 0).unsqueeze(1).expand({1, 9, 12}).contiguous();
+          x.requires_grad_();
+          at::Tensor y;
+          {
+            const nn::AutocastGuard precision(at::kCPU, bf16);
+            y = module.forward(x);
+          }
+          y.backward(normal(y.sizes(), 30 + source));
+          return std::pair(y.detach(), x.grad());
+        };
+        ModelParallel parallel;
+        parallel.expert.group = &group;
+        MixtureOfExperts shared(kOptions, parallel);
+        std::vector<std::shared_ptr<MixtureOfExperts>> alone;
+        for (int source = 0; source < ranks; ++source) {
+          alone.push_back(std::make_shared<MixtureOfExperts>(kOptions, ModelParallel{}));
+          initialize(*alone.back());
+        }
+        initialize_part(shared, *alone[0]);
+        const auto [y, x_grad] = pass(shared, group.rank());
+        const std::string text = "rank " + std::to_string(group.rank()) + " of " + std::to_string(ranks);
+        const auto uses = expert_uses(shared);
+        for (int source = 0; source < ranks; ++source) {
+          const auto [exact_y, exact_x_grad] = pass(*alone[source], source);
+          if (source == group.rank()) {
+            EXPECT_TRUE(same_bits(y, exact_y)) << text;
+            EXPECT_TRUE(same_bits(x_grad, exact_x_grad)) << text;
+            EXPECT_TRUE(same_bits(shared.named_parameters()["router.weight"].grad(),
+                                  alone[source]->named_parameters()["router.weight"].grad()))
+                << text;
+          }
+          for (const ParameterPlacement& placement : placements(shared, {})) {
+            if (placement.name == "router.weight") continue;
+            at::Tensor exact = alone[source]->named_parameters()[placement.name].grad();
+            if (ranks > 1) exact = exact.narrow(0, placement.part().begin, placement.part().size);
+            EXPECT_TRUE(same_bits(uses.at(placement.name)[source].grad(), exact))
+                << placement.name << " from rank " << source << ", " << text;
+          }
+        }
+      });
+    }
+  }
+}
+
+TEST(MixtureOfExpertsTest, TheBoxesOfSharedExpertsFillTheTensor) {
+  run_local_ranks(2, [](ProcessGroup& group) {
+    ModelParallel parallel;
+    parallel.expert.group = &group;
+    const MixtureOfExperts module(kOptions, parallel);
+    for (const ParameterPlacement& placement : placements(module, {})) {
+      const ShardLayout layout = shard_layout(placement, "F32", {.data = 4, .tensor = 2, .expert = 2});
+      EXPECT_NO_THROW(layout.check());
+      if (placement.name != "up.weight") continue;
+      EXPECT_EQ(layout.boxes[0].sizes[0], 60);  // three of five experts
+      EXPECT_EQ(layout.boxes[2].offsets[0], 60);
+      EXPECT_EQ(layout.boxes[5], layout.boxes[0]);
+      EXPECT_EQ(placement.box(), layout.boxes[2 * group.rank()]);
+    }
+  });
+}
+
+TEST(MixtureOfExpertsRefusalTest, FewerExpertsThanRanksSaysSo) {
+  const auto groups = make_local_world(6);
+  ModelParallel parallel;
+  parallel.expert.group = groups[2].get();
+  try {
+    MixtureOfExperts module(kOptions, parallel);
+    FAIL();
+  } catch (const ConfigError& error) {
+    EXPECT_THAT(error.what(), testing::HasSubstr("--experts=5 are too few for --expert_parallel_size=6"));
   }
 }
 
