@@ -1,10 +1,12 @@
+#include <numeric>
+
 #include <lockstep/base/error.h>
 #include <lockstep/collectives/mesh.h>
 
 namespace lockstep {
 
 MeshShape resolve_mesh(MeshShape wanted, int world_size) {
-  for (const int size : {wanted.pipeline, wanted.context, wanted.tensor}) {
+  for (const int size : {wanted.pipeline, wanted.context, wanted.tensor, wanted.expert}) {
     if (size < 1) throw ConfigError("a parallel size is " + std::to_string(size) + "; it must be at least 1");
   }
   const int others = wanted.pipeline * wanted.context * wanted.tensor;
@@ -19,6 +21,11 @@ MeshShape resolve_mesh(MeshShape wanted, int world_size) {
                       (left * others == world_size ? "; set --data_parallel_size=" + std::to_string(left)
                                                    : "; start a multiple of " + std::to_string(others) + " ranks"));
   }
+  if (wanted.data % wanted.expert != 0) {
+    throw ConfigError("expert-parallel size " + std::to_string(wanted.expert) + " does not divide data-parallel size " +
+                      std::to_string(wanted.data) + ", whose ranks share the experts; set --expert_parallel_size=" +
+                      std::to_string(std::gcd(wanted.data, wanted.expert)));
+  }
   return wanted;
 }
 
@@ -30,18 +37,25 @@ Mesh::Mesh(ProcessGroup& world, MeshShape shape) : shape_(resolve_mesh(shape, wo
   context_ = world.split(rank / (t * c) * t + tensor, context, "context");
   data_ = world.split(pipeline * (c * t) + rank % (t * c), data, "data");
   pipeline_ = world.split(rank % (t * c * d), pipeline, "pipeline");
+  if (shape_.expert == 1) return;
+  experts_ = data_->split(data / shape_.expert, data, "experts");
+  expert_replicas_ = data_->split(data % shape_.expert, data, "expert replicas");
 }
 
 Mesh::~Mesh() = default;
 
 std::string Mesh::describe() const {
   return "pp " + std::to_string(shape_.pipeline) + " x dp " + std::to_string(shape_.data) + " x cp " +
-         std::to_string(shape_.context) + " x tp " + std::to_string(shape_.tensor) + " over " +
+         std::to_string(shape_.context) + " x tp " + std::to_string(shape_.tensor) +
+         (shape_.expert > 1 ? ", experts shared by " + std::to_string(shape_.expert) : "") + " over " +
          std::to_string(world_->size()) + " rank" + (world_->size() == 1 ? "" : "s") + " (" + world_->backend() + ")";
 }
 
 void Mesh::close() {
-  for (auto* group : {pipeline_.get(), data_.get(), context_.get(), tensor_.get()}) group->close();
+  for (auto* group :
+       {pipeline_.get(), data_.get(), context_.get(), tensor_.get(), experts_.get(), expert_replicas_.get()}) {
+    if (group) group->close();
+  }
 }
 
 }  // namespace lockstep

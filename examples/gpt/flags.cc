@@ -12,6 +12,10 @@ DEFINE_int64(vocab_size, 256, "token ids are below this; 256 for bytes");
 DEFINE_int64(sequence_length, 256, "tokens a sample");
 DEFINE_bool(tied_head, true, "output weights are the embedding's");
 DEFINE_double(dropout, 0, "probability that an activation is dropped in training");
+DEFINE_int64(experts, 0, "llama: feed-forward parts of a block, of which each token goes to a few; 0: one, dense");
+DEFINE_int64(experts_per_token, 2, "with --experts: how many a token goes to");
+DEFINE_double(moe_aux_weight, 0.01,
+              "with --experts: weight of the loss that balances their load; not in the loss shown");
 DEFINE_string(prompt, "", "after training, continue this text");
 DEFINE_int64(generate_tokens, 0, "length of the continuation");
 DEFINE_double(temperature, 0.8, "of the continuation: lower is more certain");
@@ -30,7 +34,10 @@ Flags flags() {
                     .vocab_size = FLAGS_vocab_size,
                     .sequence_length = FLAGS_sequence_length,
                     .tied_head = FLAGS_tied_head,
-                    .dropout = FLAGS_dropout},
+                    .dropout = FLAGS_dropout,
+                    .experts = FLAGS_experts,
+                    .experts_per_token = FLAGS_experts_per_token,
+                    .moe_aux_weight = FLAGS_moe_aux_weight},
           .prompt = FLAGS_prompt,
           .generate_tokens = FLAGS_generate_tokens,
           .temperature = FLAGS_temperature,

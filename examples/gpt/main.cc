@@ -58,12 +58,17 @@ class LanguageModel : public lockstep::train::Task {
 
   std::string config_json() const override {
     const Config& c = flags_.model;
-    return nlohmann::ordered_json{{"model", c.family},          {"layers", c.layers},
-                                  {"width", c.width},           {"heads", c.heads},
-                                  {"kv_heads", c.kv_heads},     {"ffn_width", c.ffn_width},
-                                  {"vocab_size", c.vocab_size}, {"sequence_length", c.sequence_length},
-                                  {"tied_head", c.tied_head},   {"dropout", c.dropout}}
-        .dump();
+    nlohmann::ordered_json config = {{"model", c.family},          {"layers", c.layers},
+                                     {"width", c.width},           {"heads", c.heads},
+                                     {"kv_heads", c.kv_heads},     {"ffn_width", c.ffn_width},
+                                     {"vocab_size", c.vocab_size}, {"sequence_length", c.sequence_length},
+                                     {"tied_head", c.tied_head},   {"dropout", c.dropout}};
+    if (c.experts > 0) {
+      config["experts"] = c.experts;
+      config["experts_per_token"] = c.experts_per_token;
+      config["moe_aux_weight"] = c.moe_aux_weight;
+    }
+    return config.dump();
   }
 
  private:

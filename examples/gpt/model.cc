@@ -9,6 +9,7 @@
 #include <lockstep/nn/init.h>
 #include <lockstep/nn/norm.h>
 #include <lockstep/sharding/context_parallel.h>
+#include <lockstep/sharding/mixture_of_experts.h>
 #include <lockstep/sharding/tensor_parallel.h>
 #include <lockstep/sharding/vocab_parallel.h>
 
@@ -35,6 +36,12 @@ Config resolve(Config config) {
   require(config.family == "llama" || config.kv_heads == config.heads, "--kv_heads is for --model=llama");
   require(config.family == "gpt2" || config.width / config.heads % 2 == 0,
           "RoPE turns pairs: --width / --heads must be even");
+  require(config.experts >= 0 && (config.experts == 0 || config.family == "llama"),
+          "--experts=" + text(config.experts) + " is for --model=llama; 0 is a dense model");
+  require(config.experts == 0 || (config.experts_per_token > 0 && config.experts_per_token <= config.experts),
+          "--experts_per_token=" + text(config.experts_per_token) +
+              " is not between 1 and --experts=" + text(config.experts));
+  require(config.moe_aux_weight >= 0, "--moe_aux_weight must not be negative");
   require(config.dropout >= 0 && config.dropout < 1, "--dropout must be in [0, 1)");
   if (config.ffn_width == 0)
     config.ffn_width = config.family == "gpt2" ? 4 * config.width : (8 * config.width / 3 + 63) / 64 * 64;
@@ -125,9 +132,13 @@ class Block : public lockstep::StackLayer {
     key_ = column("key", config.kv_heads * head_dim_, kv_rows);
     value_ = column("value", config.kv_heads * head_dim_, kv_rows);
     projection_ = register_module("projection", std::make_shared<Row>(width, width, bias, tp, rows));
-    up_ = column("up", config.ffn_width, {});
-    if (is_llama()) gate_ = column("gate", config.ffn_width, {});
-    down_ = register_module("down", std::make_shared<Row>(config.ffn_width, width, bias, tp));
+    if (config.experts > 0) {
+      experts_ = register_module("experts", std::make_shared<lockstep::MixtureOfExperts>(mixture(config), parallel));
+    } else {
+      up_ = column("up", config.ffn_width, {});
+      if (is_llama()) gate_ = column("gate", config.ffn_width, {});
+      down_ = register_module("down", std::make_shared<Row>(config.ffn_width, width, bias, tp));
+    }
     norm1_ = register_module("norm1", std::make_shared<Norm>(config));
     norm2_ = register_module("norm2", std::make_shared<Norm>(config));
   }
@@ -160,7 +171,16 @@ class Block : public lockstep::StackLayer {
         lockstep::ring_attention(q, k, heads(value_->inside(h)), /*causal=*/true, parallel_.context));
   }
 
+  static lockstep::MixtureOptions mixture(const Config& config) {
+    return {.width = config.width,
+            .ffn_width = config.ffn_width,
+            .num_experts = config.experts,
+            .top_k = config.experts_per_token,
+            .balance_weight = config.moe_aux_weight};
+  }
+
   at::Tensor feed_forward(const at::Tensor& x) {
+    if (experts_) return experts_->forward(x);
     const at::Tensor h = lockstep::enter_region(x, parallel_.tensor);
     const at::Tensor up = up_->inside(h);
     return down_->forward(is_llama() ? nn::swiglu(gate_->inside(h), up) : nn::gelu(up));
@@ -173,6 +193,7 @@ class Block : public lockstep::StackLayer {
   RopeTables tables_;
   std::shared_ptr<Column> query_, key_, value_, gate_, up_;
   std::shared_ptr<Row> projection_, down_;
+  std::shared_ptr<lockstep::MixtureOfExperts> experts_;  // in place of gate, up and down
   std::shared_ptr<Norm> norm1_, norm2_;
 };
 
@@ -209,7 +230,8 @@ std::vector<lockstep::LayerStack::Layer> layers_of(const Config& config, const M
   const auto width = static_cast<double>(config.width);
   const double attention = 2 + 2.0 * static_cast<double>(config.kv_heads) / static_cast<double>(config.heads) +
                            static_cast<double>(config.sequence_length) / width;
-  const double mlp = (config.family == "llama" ? 3 : 2) * static_cast<double>(config.ffn_width) / width;
+  const double mlp = (config.family == "llama" ? 3 : 2) * static_cast<double>(config.ffn_width) / width *
+                     static_cast<double>(config.experts > 0 ? config.experts_per_token : 1);
   for (int64_t i = 0; i < config.layers; ++i) {
     layers.push_back({"block" + std::to_string(i),
                       [=] { return std::make_shared<Block>(config, parallel, static_cast<uint64_t>(i), tables); },

@@ -18,6 +18,9 @@ struct Config {
   int64_t vocab_size = 256, sequence_length = 256;
   bool tied_head = true;
   double dropout = 0, rope_theta = 10000;
+  int64_t experts = 0;            ///< llama: feed-forward parts that a router chooses from in each block; 0: one, dense
+  int64_t experts_per_token = 2;  ///< of them that a token goes to
+  double moe_aux_weight = 0.01;   ///< of the loss that balances the experts' load
 };
 
 /// @throws lockstep::ConfigError sizes that do not divide, with the mend.

@@ -62,7 +62,7 @@ std::vector<Part> scaled(std::vector<Part> parts, int64_t factor) {
 }
 
 Part ParameterPlacement::part(int tensor_rank) const {
-  return tensor_dim < 0 ? Part{} : parts.at(static_cast<size_t>(tensor_rank));
+  return tensor_dim < 0 ? Part{} : parts.at(static_cast<size_t>(is_of_experts() ? expert_rank : tensor_rank));
 }
 
 Box ParameterPlacement::box(int tensor_rank) const {
@@ -100,7 +100,9 @@ ShardLayout shard_layout(const ParameterPlacement& placement, std::string dtype,
   ShardLayout layout{placement.name, placement.shape, std::move(dtype), {}};
   const int stage_size = mesh.data * mesh.context * mesh.tensor;
   for (int rank = 0; rank < mesh.pipeline * stage_size; ++rank) {
-    Box box = placement.box(rank % mesh.tensor);  // the tensor axis is the fastest
+    ParameterPlacement there = placement;
+    if (placement.is_of_experts()) there.expert_rank = rank % stage_size / (mesh.context * mesh.tensor) % mesh.expert;
+    Box box = there.box(rank % mesh.tensor);  // the tensor axis is the fastest
     if (pipeline_stage >= 0 && rank / stage_size != pipeline_stage)
       std::fill(box.sizes.begin(), box.sizes.end(), 0), std::fill(box.offsets.begin(), box.offsets.end(), 0);
     layout.boxes.push_back(std::move(box));

@@ -40,6 +40,8 @@ TEST(ResolveMeshTest, SizesThatDisagreePrintBothSidesAndTheMend) {
   EXPECT_THAT(refusal({.pipeline = 3, .data = 5}, 8), HasSubstr("start a multiple of 3 ranks"));
   EXPECT_THAT(refusal({.tensor = 0}, 8), HasSubstr("is 0; it must be at least 1"));
   EXPECT_THAT(refusal({.data = -2}, 8), HasSubstr("set --data_parallel_size=8"));
+  EXPECT_THAT(refusal({.expert = 4}, 6), AllOf(HasSubstr("expert-parallel size 4 does not divide data-parallel size 6"),
+                                               HasSubstr("set --expert_parallel_size=2")));
 }
 
 std::vector<int64_t> members(ProcessGroup& axis, int world_rank) {
@@ -47,6 +49,17 @@ std::vector<int64_t> members(ProcessGroup& axis, int world_rank) {
   axis.all_gather(all, at::full({1}, world_rank, at::kLong)).wait();
   const auto* data = all.const_data_ptr<int64_t>();
   return {data, data + all.numel()};
+}
+
+TEST(MeshTest, ExpertsAreSharedByNeighboursOnTheDataAxis) {
+  run_local_ranks(8, [](ProcessGroup& world) {
+    using Ranks = std::vector<int64_t>;
+    Mesh mesh(world, {.tensor = 2, .expert = 2});
+    const int64_t me = world.rank(), group = me / 4 * 4 + me % 2, same = me % 4;
+    EXPECT_EQ(members(*mesh.experts(), world.rank()), (Ranks{group, group + 2}));
+    EXPECT_EQ(members(*mesh.expert_replicas(), world.rank()), (Ranks{same, same + 4}));
+    EXPECT_EQ(Mesh(world, {}).experts(), nullptr);
+  });
 }
 
 TEST(MeshTest, PipelineIsOutermostAndTensorRanksAreNeighbours) {

@@ -1,7 +1,8 @@
-"""layouts_test.py BIN_DIR [--all]: one GPT and one Llama-style model, the same global batch, 20 steps: losses, gradient norms, weights and optimizer
+"""layouts_test.py BIN_DIR [--all]: one GPT, one Llama-style model, one with experts, the same global batch, 20 steps: losses, gradient norms, weights and optimizer
 state have the same bits on every layout of tier A, listed below: data parallelism x ZeRO x pipeline x schedule x recomputation x buckets x back end.
 
-The back ends here are shared memory and MPI; same_bits_local_test.cc says the same of `local`. Without --all the second model takes every fourth layout."""
+The back ends here are shared memory and MPI; same_bits_local_test.cc says the same of `local`. Without --all all but the
+first model take every fourth layout."""
 
 import itertools
 import pathlib
@@ -17,6 +18,7 @@ COMMON = [f"--steps={STEPS}", "--checkpoint_interval_steps=0", "--eval_interval_
 MODELS = {
     "gpt2, tied head, dropout, clipped": ["--model=gpt2", "--dropout=0.1", "--clip_norm=0.5"],
     "llama, grouped keys, not clipped": ["--model=llama", "--kv_heads=2", "--tied_head=false", "--clip_norm=0"],
+    "llama, experts": ["--model=llama", "--experts=4", "--ffn_width=32"],
 }
 
 
@@ -44,6 +46,15 @@ def layouts():
     yield 2, ["--parallel_micro_batches=2", "--zero_stage=1"]
 
 
+def expert_layouts():
+    """Experts shared by ranks of the data axis."""
+    yield 2, ["--expert_parallel_size=2", "--backend=shm"]
+    yield 4, ["--expert_parallel_size=4", "--backend=mpi", "--recompute=full"]
+    yield 4, ["--expert_parallel_size=2", "--zero_stage=1"]
+    yield 4, ["--expert_parallel_size=2", "--pipeline_parallel_size=2", "--pipeline_schedule=interleaved", "--zero_stage=1"]
+    yield 8, ["--expert_parallel_size=2", "--zero_stage=1", "--zero_shard_size=4", "--bucket_bytes=1024"]
+
+
 def main():
     bin_dir, every = pathlib.Path(sys.argv[1]), "--all" in sys.argv
     with tempfile.TemporaryDirectory() as folder:
@@ -51,8 +62,8 @@ def main():
         runs.write_tokens(data, 20_000)
         for model_number, (model, flags) in enumerate(MODELS.items()):
             first, count = None, 0
-            for number, (ranks, layout) in enumerate([(1, []), *layouts()]):
-                if model_number > 0 and not every and number % 4:
+            for number, (ranks, layout) in enumerate([(1, []), *layouts(), *(expert_layouts() if "--experts=4" in flags else [])]):
+                if model_number > 0 and not every and number % 4 and not any("expert" in flag for flag in layout):
                     continue
                 run_dir = pathlib.Path(folder, f"{model_number}-{number}")
                 runs.run(bin_dir, "gpt", ranks, run_dir, [f"--train_data={data}", *COMMON, *flags, *layout])

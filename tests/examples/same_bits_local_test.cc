@@ -40,9 +40,11 @@ float noise(int64_t sample, int64_t place) {
 class GptTask : public Task {
  public:
   std::string name() const override { return "gpt"; }
-  std::shared_ptr<torch::nn::Module> make_model() override { return std::make_shared<gpt::Model>(config()); }
+  std::shared_ptr<torch::nn::Module> make_model(const ModelParallel& parallel) override {
+    return std::make_shared<gpt::Model>(config_, parallel);
+  }
   void initialize(const std::string& name, const at::Tensor& parameter, uint64_t seed) override {
-    gpt::initialize(config(), name, parameter, seed);
+    gpt::initialize(config_, name, parameter, seed);
   }
   std::shared_ptr<const data::Dataset> training_data() override {
     return std::make_shared<MadeUp>([](std::span<const int64_t> indices) {
@@ -58,12 +60,26 @@ class GptTask : public Task {
   }
   int64_t count(const data::Batch& batch) override { return batch.valid_samples * kLength; }
 
- private:
+ protected:
   static constexpr int64_t kLength = 24;
-  static gpt::Config config() {
-    return gpt::resolve(
-        {.layers = 2, .width = 48, .heads = 3, .vocab_size = 61, .sequence_length = kLength, .dropout = 0.1});
+  gpt::Config config_ = gpt::resolve(
+      {.layers = 2, .width = 48, .heads = 3, .vocab_size = 61, .sequence_length = kLength, .dropout = 0.1});
+};
+
+class MixtureTask : public GptTask {
+ public:
+  MixtureTask() {
+    config_ = gpt::resolve({.family = "llama",
+                            .layers = 2,
+                            .width = 48,
+                            .heads = 3,
+                            .ffn_width = 32,
+                            .vocab_size = 61,
+                            .sequence_length = kLength,
+                            .experts = 4,
+                            .moe_aux_weight = 0.05});
   }
+  std::shared_ptr<const data::Dataset> validation_data() override { return training_data(); }
 };
 
 class VitTask : public Task {
@@ -95,9 +111,11 @@ class VitTask : public Task {
   }
 };
 
-// What a run leaves: all its loss lines as text, and the bytes of its final weights by name.
+// What a run leaves: all its loss lines as text, the last one of its validation, and the bytes of its final weights by
+// name.
 struct Outcome {
   std::vector<std::string> losses;
+  std::string validation_loss;
   std::map<std::string, std::string> weights;
 };
 
@@ -136,6 +154,16 @@ Layout pipelined(int world_size, int stages, const std::string& schedule, int ze
               std::to_string(zero_stage)};
 }
 
+// Experts shared by ranks of the data axis.
+Layout shared(int world_size, int experts, Layout other = {}) {
+  return {world_size,
+          [=](Options& options) {
+            other.set(options);
+            options.mesh.expert = experts;
+          },
+          std::to_string(world_size) + " ranks, experts shared by " + std::to_string(experts) + ", " + other.name};
+}
+
 template <typename TaskType>
 Outcome train_on(const Layout& layout) {
   const std::filesystem::path run_dir = testing::TempDir() + "/same_bits_" + std::to_string(getpid());
@@ -149,6 +177,7 @@ Outcome train_on(const Layout& layout) {
   options.schedule.warmup_steps = 5;
   options.checkpoint_interval_steps = 0;
   options.eval_interval_steps = 0;
+  options.eval_samples = 15;  // five micro-batches
   options.log_interval_steps = 1000;
   layout.set(options);
   Outcome outcome;
@@ -166,7 +195,8 @@ Outcome train_on(const Layout& layout) {
       }
     } task;
     task.outcome = &outcome;
-    train(group, at::kCPU, task, options);
+    const Result result = train(group, at::kCPU, task, options);
+    if (group.rank() == 0) outcome.validation_loss = std::to_string(result.validation_loss);
   });
   std::ifstream file(run_dir / "metrics.jsonl");
   for (std::string line; std::getline(file, line);) {
@@ -178,14 +208,15 @@ Outcome train_on(const Layout& layout) {
 }
 
 template <typename TaskType>
-void expect_same_bits_on(const std::vector<Layout>& layouts) {
-  const Outcome one = train_on<TaskType>({});
+void expect_same_bits_on(const std::vector<Layout>& layouts, const Layout& first = {}) {
+  const Outcome one = train_on<TaskType>(first);
   ASSERT_EQ(one.losses.size(), kSteps);
   ASSERT_FALSE(one.weights.empty());
   for (const Layout& layout : layouts) {
     SCOPED_TRACE(layout.name);
     const Outcome other = train_on<TaskType>(layout);
     EXPECT_EQ(other.losses, one.losses);
+    EXPECT_EQ(other.validation_loss, one.validation_loss);
     EXPECT_EQ(other.weights.size(), one.weights.size());
     for (const auto& [name, bytes] : one.weights) EXPECT_TRUE(other.weights.at(name) == bytes) << name;
   }
@@ -214,6 +245,34 @@ TEST(SameBitsLocalTest, GptTrainsToTheSameBitsInPipelines) {
   expect_same_bits_on<GptTask>({pipelined(2, 2, "1f1b", 0), pipelined(4, 2, "gpipe", 3),
                                 pipelined(6, 2, "interleaved", 2), pipelined(6, 2, "interleaved", 3),
                                 pipelined(4, 4, "1f1b", 1)});
+}
+
+TEST(SameBitsLocalTest, AMixtureOfExpertsTrainsToTheSameBitsOnEveryLayout) {
+  expect_same_bits_on<MixtureTask>({buckets(2, 25 << 20), buckets(3, 1 << 14), buckets(5, 25 << 20),
+                                    buckets(8, 25 << 20), sharded(2, 1), sharded(3, 2, 0, Recompute::kFull),
+                                    sharded(4, 3, 2, Recompute::kSelective), pipelined(4, 2, "gpipe", 3),
+                                    pipelined(6, 2, "interleaved", 0)});
+}
+
+// Five micro-batches of validation: on two and four ranks some have none in the last round.
+TEST(SameBitsLocalTest, ExpertsSharedByRanksTrainToTheSameBits) {
+  expect_same_bits_on<MixtureTask>({shared(2, 2), shared(4, 4), shared(8, 2), shared(4, 2, sharded(4, 1)),
+                                    shared(4, 2, sharded(4, 1, 2, Recompute::kFull)),
+                                    shared(4, 2, pipelined(4, 2, "1f1b", 1)),
+                                    shared(4, 2, pipelined(4, 2, "interleaved", 0))});
+}
+
+// Which change bits themselves, but not more where experts are shared.
+TEST(SameBitsLocalTest, ExpertsSharedByRanksTrainToTheSameBitsUnderSequenceAndContextParallelism) {
+  const Layout by_sequence{4,
+                           [](Options& options) {
+                             options.mesh.tensor = 2;
+                             options.sequence_parallel = true;
+                           },
+                           "sequence parallel"};
+  const Layout by_context{4, [](Options& options) { options.mesh.context = 2; }, "context parallel"};
+  for (const Layout& layout : {by_sequence, by_context})
+    expect_same_bits_on<MixtureTask>({shared(4, 2, layout)}, layout);
 }
 
 }  // namespace

@@ -32,6 +32,8 @@ DEFINE_int32(tensor_parallel_size, 1,
 DEFINE_bool(sequence_parallel, false,
             "with --tensor_parallel_size: norms, dropout and residuals are cut along the sequence too");
 DEFINE_int32(context_parallel_size, 1, "ranks that a sequence is cut over. Changes bits (rounding)");
+DEFINE_int32(expert_parallel_size, 1,
+             "ranks that the experts of a mixture are shared by; divides --data_parallel_size. Does not change bits");
 DEFINE_int32(pipeline_parallel_size, 1, "stages that the model's layers are cut into, a rank (or group of ranks) each");
 DEFINE_string(pipeline_schedule, "1f1b", "gpipe | 1f1b | interleaved. Does not change bits");
 DEFINE_int32(pipeline_chunks, 0, "pieces that a stage's layers come in; 0: 2 for interleaved, else 1");
@@ -103,6 +105,7 @@ Options options_from_flags() {
   options.zero_shard_size = FLAGS_zero_shard_size;
   options.mesh.tensor = FLAGS_tensor_parallel_size;
   options.mesh.context = FLAGS_context_parallel_size;
+  options.mesh.expert = FLAGS_expert_parallel_size;
   options.sequence_parallel = FLAGS_sequence_parallel;
   options.mesh.pipeline = FLAGS_pipeline_parallel_size;
   options.pipeline_schedule = FLAGS_pipeline_schedule;

@@ -28,6 +28,22 @@ void resolve_sharding(Options& options) {
               ": gradients are sharded in the ordered form only");
 }
 
+void resolve_experts(const Options& options) {
+  const int experts = options.mesh.expert, data = options.mesh.data;
+  if (experts == 1) return;
+  require(options.num_leaves() % data == 0,
+          num(options.num_leaves()) + " micro-batches are no multiple of data-parallel size " + num(data) +
+              ", but ranks that share experts run theirs together (--expert_parallel_size=" + num(experts) +
+              "). Mend: set --global_batch_size=" +
+              num((options.num_leaves() / data + 1) * data * options.micro_batch_size));
+  require(options.zero_stage < 2, "--expert_parallel_size=" + num(experts) +
+                                      " with --zero_stage=" + num(options.zero_stage) +
+                                      ": experts that are shared stay whole on their ranks. " + "Mend: --zero_stage=1");
+  require(options.zero_stage == 0 || options.zero_shard_size % experts == 0,
+          "--zero_shard_size=" + num(options.zero_shard_size) +
+              " is no multiple of --expert_parallel_size=" + num(experts));
+}
+
 void resolve_pipeline(Options& options) {
   const bool is_interleaved = options.pipeline_schedule == "interleaved";
   require(is_interleaved || options.pipeline_schedule == "gpipe" || options.pipeline_schedule == "1f1b",
@@ -69,6 +85,7 @@ Options resolve(Options options, int world_size) {
               ". Mend: set --global_batch_size=" + num(options.mesh.data * options.micro_batch_size) +
               " or a smaller --micro_batch_size");
   resolve_sharding(options);
+  resolve_experts(options);
   resolve_pipeline(options);
   options.schedule.total_steps = options.steps;
   optim::learning_rate_at(options.schedule, 0);  // throws on what it does not know

@@ -53,12 +53,12 @@ at::Tensor run_chunk(LayerStack& stack, int chunk, const at::Tensor& input, cons
 // What holds while a micro-batch computes.
 struct ParallelModel::Scope {
   Scope(const ParallelModel& model, int64_t step, int64_t leaf)
-      : randomness({model.options_.seed, static_cast<uint64_t>(step), static_cast<uint64_t>(leaf)}),
+      : key({model.options_.seed, static_cast<uint64_t>(step), static_cast<uint64_t>(leaf), model.weight_}),
         autocast(model.device_.type(), model.options_.precision == "bf16") {
     // Weights that come and go have no place where a copy could be known by.
     if (model.options_.zero_stage < 3) share_casts.emplace();
   }
-  nn::StepScope randomness;
+  nn::StepScope key;
   nn::AutocastGuard autocast;
   std::optional<nn::WeightCacheScope> share_casts;
 };
@@ -68,6 +68,7 @@ StepReport ParallelModel::compute(int64_t step, int64_t divisor, const std::vect
   weight_ = static_cast<float>(1.0 / static_cast<double>(divisor));
   nn::begin_step();
   sync_->begin_step();
+  if (expert_sync_) expert_sync_->begin_step();
   if (is_pipelined()) {
     compute_in_stages(step, batches, report);
   } else if (sharded_reducer_) {
@@ -78,9 +79,11 @@ StepReport ParallelModel::compute(int64_t step, int64_t divisor, const std::vect
   if (fully_sharded_) fully_sharded_->end_step();
   first_step_ = false;
   sync_->fold();
+  if (expert_sync_) expert_sync_->fold();
   join_terms();
   join_tied();
   report.squares = sync_->publish();
+  if (expert_sync_) report.squares.merge(expert_sync_->publish());
   return report;
 }
 
@@ -115,7 +118,7 @@ LossSum ParallelModel::compute_leaf(int lane, int64_t step, int64_t leaf, const 
   auto& model = *models_[lane];
   const data::Batch batch = on_device(host_batch);
   model.train();
-  sync_->begin_leaf(lane, leaf);
+  begin_leaf(lane, leaf);
   const auto versions = first_step_ ? buffer_versions(model) : std::vector<uint32_t>();
   LossSum loss;
   {
@@ -125,8 +128,25 @@ LossSum ParallelModel::compute_leaf(int lane, int64_t step, int64_t leaf, const 
   if (first_step_) refuse_written_buffers(model, versions);
   // The loss is a sum; its gradient carries the divisor, the same on every rank.
   torch::autograd::backward({loss.sum}, {loss_gradient(loss.sum)});
-  sync_->end_leaf(lane);
+  end_leaf(lane);
   return {loss.sum.detach(), loss.correct.defined() ? loss.correct.detach() : at::Tensor()};
+}
+
+// The micro-batch that each rank of the expert group runs now gives this rank's experts a gradient of its own.
+void ParallelModel::begin_leaf(int lane, int64_t leaf) {
+  sync_->begin_leaf(lane, leaf);
+  if (!expert_sync_) return;
+  const int sources = mesh_.experts()->size(), rank = mesh_.experts()->rank();
+  const int64_t share = options_.num_leaves() / mesh_.data().size();  // equal: resolve() has seen to it
+  for (int source = 0; source < sources; ++source)
+    expert_sync_->begin_leaf(lane * sources + source, leaf + (source - rank) * share);
+}
+
+void ParallelModel::end_leaf(int lane) {
+  sync_->end_leaf(lane);
+  if (!expert_sync_) return;
+  const int sources = mesh_.experts()->size();
+  for (int source = 0; source < sources; ++source) expert_sync_->end_leaf(lane * sources + source);
 }
 
 at::Tensor ParallelModel::loss_gradient(const at::Tensor& loss) const {
@@ -159,13 +179,13 @@ void ParallelModel::compute_in_stages(int64_t step, const std::vector<data::Batc
   callbacks.before_backward = [&](int64_t micro_batch, int chunk) {
     if (fully_sharded_) fully_sharded_->begin();
     if (micro_batch < present) {
-      sync_->begin_leaf(chunk, leaves[micro_batch]);
+      begin_leaf(chunk, leaves[micro_batch]);
     } else {
       absent_backward(chunk);
     }
   };
   callbacks.after_backward = [&](int64_t micro_batch, int chunk) {
-    if (micro_batch < present) sync_->end_leaf(chunk);
+    if (micro_batch < present) end_leaf(chunk);
     if (fully_sharded_) fully_sharded_->end();
   };
   const auto losses = runner_->run(schedule(micro_batches), callbacks);
@@ -195,22 +215,27 @@ void ParallelModel::absent_backward(int part) {
 // What several ranks hold terms of beyond the data axis: each context rank those of its tokens, and with tensor
 // parallelism whatever is replicated where activations are not.
 void ParallelModel::join_terms() {
+  join_terms(*sync_);
+  if (expert_sync_) join_terms(*expert_sync_);
+}
+
+void ParallelModel::join_terms(GradientSync& sync) {
   const Milliseconds timeout = options_.runtime.collective_timeout;
   const auto all_of = [](const ProcessGroup& group) {
     std::vector<int> ranks(group.size());
     std::iota(ranks.begin(), ranks.end(), 0);
     return ranks;
   };
-  sum_in_rank_order(mesh_.context(), all_of(mesh_.context()), sync_->pieces(GradientSync::kAll), timeout);
-  sum_in_rank_order(mesh_.tensor(), all_of(mesh_.tensor()), sync_->pieces(1), timeout);
+  sum_in_rank_order(mesh_.context(), all_of(mesh_.context()), sync.pieces(GradientSync::kAll), timeout);
+  sum_in_rank_order(mesh_.tensor(), all_of(mesh_.tensor()), sync.pieces(1), timeout);
   for (const ModelParameter& parameter : table_.locals()) {
     const ParameterPlacement& placement = parameter.placement;
-    if (!placement.is_partial || placement.tensor_dim < 0) continue;
+    if (!placement.is_partial || placement.tensor_dim < 0 || placement.is_of_experts()) continue;
     std::vector<int> holders;
     for (int rank : all_of(mesh_.tensor())) {
       if (placement.part(rank) == placement.part()) holders.push_back(rank);
     }
-    sum_in_rank_order(mesh_.tensor(), holders, sync_->pieces(2), timeout);
+    sum_in_rank_order(mesh_.tensor(), holders, sync.pieces(2), timeout);
     break;  // heads are shared alike in all layers
   }
 }
@@ -228,6 +253,8 @@ void ParallelModel::join_tied() {
   }
 }
 
+// Where ranks share experts, one without a micro-batch of its own in the last round repeats one, for nothing: the
+// others' tokens want its experts.
 StepReport ParallelModel::evaluate(int64_t count, const std::function<data::Batch(int64_t)>& get) {
   const int64_t ranks = mesh_.data().size(), rounds = (count + ranks - 1) / ranks;
   const torch::NoGradGuard no_grad;
@@ -244,12 +271,13 @@ StepReport ParallelModel::evaluate(int64_t count, const std::function<data::Batc
       const torch::NoGradGuard on_this_thread;
       for (int64_t round = next++; round < rounds; round = next++) {
         if (fully_sharded_) fully_sharded_->begin();
-        if (number_in(round) < count) {
+        const bool is_own = number_in(round) < count;
+        if (is_own || mesh_.experts()) {
           const Scope scope(*this, /*step=*/0, number_in(round));
-          const data::Batch batch = on_device(get(number_in(round)));
+          const data::Batch batch = on_device(get(std::min(number_in(round), count - 1)));
           const LossSum loss = task_.loss(*models_[lane], batch);
-          if (tells_loss()) add_loss(reports[lane], loss);
-          if (counts_batches()) reports[lane].count += task_.count(batch);
+          if (is_own && tells_loss()) add_loss(reports[lane], loss);
+          if (is_own && counts_batches()) reports[lane].count += task_.count(batch);
         } else {
           absent_forward(0);
         }
@@ -271,11 +299,12 @@ StepReport ParallelModel::evaluate_in_stages(int64_t rounds, int64_t count,
   callbacks.forward = [&](int64_t round, int chunk, const at::Tensor& input) {
     if (fully_sharded_) fully_sharded_->begin();
     at::Tensor output;
-    if (number_in(round) < count) {
+    const bool is_own = number_in(round) < count;
+    if (is_own || mesh_.experts()) {
       const Scope scope(*this, /*step=*/0, number_in(round));
-      const data::Batch batch = on_device(get(number_in(round)));
+      const data::Batch batch = on_device(get(std::min(number_in(round), count - 1)));
       output = run_chunk(stack, chunk, input, batch);
-      if (chunk == 0 && counts_batches()) report.count += task_.count(batch);
+      if (is_own && chunk == 0 && counts_batches()) report.count += task_.count(batch);
     } else {
       absent_forward(chunk);
       output = input.defined() ? input : at::zeros({}, device_);

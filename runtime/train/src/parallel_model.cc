@@ -12,6 +12,7 @@
 #include <lockstep/sharding/bucket_layout.h>
 #include <lockstep/sharding/gradient_reducer.h>
 #include <lockstep/sharding/layer_split.h>
+#include <lockstep/sharding/mixture_of_experts.h>
 
 namespace lockstep::train {
 namespace {
@@ -24,7 +25,7 @@ void share_storage(const std::vector<at::Tensor>& from, const std::vector<at::Te
 
 // Replicated over the whole tensor group, or held by those that have the same part: two sums.
 int partial_kind(const ParameterPlacement& placement) {
-  return !placement.is_partial ? 0 : placement.tensor_dim < 0 ? 1 : 2;
+  return !placement.is_partial ? 0 : placement.tensor_dim < 0 || placement.is_of_experts() ? 1 : 2;
 }
 
 }  // namespace
@@ -55,7 +56,8 @@ ParallelModel::ParallelModel(const Mesh& mesh, at::Device device, Task& task, co
       options_(options),
       lanes_(lanes),
       parallel_{{&mesh.tensor(), options.sequence_parallel, options.runtime.collective_timeout},
-                {&mesh.context(), options.runtime.collective_timeout}} {
+                {&mesh.context(), options.runtime.collective_timeout},
+                {mesh.experts(), options.runtime.collective_timeout}} {
   build();
   build_sync();
   build_optimizer();
@@ -85,12 +87,20 @@ void ParallelModel::build() {
   table_ = ParameterTable(*models_[0], mesh_, parallel_.tensor);
   if (num_parameters() == 0)
     throw ConfigError("the model of task " + task_.name() + " has no parameter that requires a gradient");
+  if (mesh_.experts() && std::none_of(table_.globals().begin(), table_.globals().end(),
+                                      [](const GlobalTensor& tensor) { return tensor.is_of_experts; })) {
+    throw ConfigError("the model of task " + task_.name() + " has no experts. Mend: --expert_parallel_size=1");
+  }
   if (is_pipelined())
     runner_ = std::make_unique<PipelineRunner>(
         mesh_.pipeline(), PipelineRunnerOptions{.device = device_, .timeout = options_.runtime.collective_timeout});
 
   const int shards = options_.num_shards(), rank = mesh_.data().rank();
   if (shards > 1) shard_group_ = mesh_.data().split(rank / shards, rank, "shard");
+  if (const auto [count, shard] = sharding(true, rank); mesh_.experts() && count > 1) {
+    ProcessGroup& replicas = *mesh_.expert_replicas();
+    expert_shard_group_ = replicas.split(replicas.rank() / count, shard, "expert shard");
+  }
   if (options_.zero_stage == 3) {
     std::vector<ShardedUnit> units;
     for (const FoundUnit& found : table_.units())
@@ -132,10 +142,11 @@ size_t ParallelModel::part_of(const FoundUnit& unit) const {
 }
 
 void ParallelModel::build_sync() {
-  std::vector<NamedParameter> named;
+  std::vector<NamedParameter> dense, of_experts;
   std::vector<int64_t> number(table_.locals().size(), -1);
   for (const size_t i : table_.trainable()) {
     const ModelParameter& parameter = table_.locals()[i];
+    auto& named = parameter.placement.is_of_experts() ? of_experts : dense;
     number[i] = static_cast<int64_t>(named.size());
     named.push_back({.name = parameter.name,
                      .tensor = parameter.tensor,
@@ -149,7 +160,7 @@ void ParallelModel::build_sync() {
   for (const FoundUnit& unit : table_.units()) parts.push_back(part_of(unit));
   if (options_.zero_stage >= 2) {
     auto reducer =
-        std::make_unique<ShardedReducer>(mesh_.data(), std::move(named),
+        std::make_unique<ShardedReducer>(mesh_.data(), std::move(dense),
                                          ShardedReducerOptions{.num_leaves = options_.num_leaves(),
                                                                .num_shards = options_.num_shards(),
                                                                .units = table_.trainable_by_unit(),
@@ -163,25 +174,60 @@ void ParallelModel::build_sync() {
     sharded_reducer_ = reducer.get();
     sync_ = std::move(reducer);
   } else {
-    sync_ = std::make_unique<GradientReducer>(
-        mesh_.data(), std::move(named),
-        GradientReducerOptions{.num_leaves = options_.num_leaves(),
-                               .num_shards = options_.num_shards(),
-                               .bucket_bytes = options_.bucket_bytes,
-                               .reduction = options_.reduction == "fast" ? Reduction::kFast : Reduction::kOrdered,
-                               .timeout = options_.runtime.collective_timeout});
+    const auto reducer = [&](ProcessGroup& group, std::vector<NamedParameter> named, int num_shards) {
+      return std::make_unique<GradientReducer>(
+          group, std::move(named),
+          GradientReducerOptions{.num_leaves = options_.num_leaves(),
+                                 .num_shards = num_shards,
+                                 .bucket_bytes = options_.bucket_bytes,
+                                 .reduction = options_.reduction == "fast" ? Reduction::kFast : Reduction::kOrdered,
+                                 .timeout = options_.runtime.collective_timeout});
+    };
+    sync_ = reducer(mesh_.data(), std::move(dense), options_.num_shards());
+    // The leaves of a rank's expert group are neighbours: the share of one rank among as many as there are groups.
+    if (!of_experts.empty())
+      expert_sync_ = reducer(*mesh_.expert_replicas(), std::move(of_experts), sharding(true, 0).first);
   }
+  size_t dense_index = 0, expert_index = 0;
+  for (const size_t i : table_.trainable()) {
+    const bool is_of_experts = table_.locals()[i].placement.is_of_experts();
+    places_.push_back({(is_of_experts ? expert_sync_ : sync_).get(), (is_of_experts ? expert_index : dense_index)++});
+  }
+  attach_lanes(parts);
+}
+
+void ParallelModel::attach_lanes(const std::vector<size_t>& parts) {
   for (const auto& model : models_) {
     const auto parameters = model->named_parameters();
     for (size_t part = 0; part < static_cast<size_t>(options_.pipeline_chunks); ++part) {  // a pipeline has one model
       std::vector<at::Tensor> tensors;
       for (const size_t i : table_.trainable()) {
         const ModelParameter& parameter = table_.locals()[i];
+        if (parameter.placement.is_of_experts()) continue;
         tensors.push_back(parts[parameter.unit] == part ? parameters[parameter.name] : at::Tensor());
       }
       sync_->attach_lane(tensors);
     }
   }
+  if (!expert_sync_) return;
+  const auto uses = expert_uses(*models_[0]);  // there is one lane: exchanges of tokens need one order
+  for (size_t part = 0; part < static_cast<size_t>(options_.pipeline_chunks); ++part) {
+    for (int source = 0; source < mesh_.experts()->size(); ++source) {
+      std::vector<at::Tensor> tensors;
+      for (const size_t i : table_.trainable()) {
+        const ModelParameter& parameter = table_.locals()[i];
+        if (!parameter.placement.is_of_experts()) continue;
+        tensors.push_back(parts[parameter.unit] == part ? uses.at(parameter.name)[source] : at::Tensor());
+      }
+      expert_sync_->attach_lane(tensors);
+    }
+  }
+}
+
+std::pair<int, int> ParallelModel::sharding(bool is_of_experts, int data_rank) const {
+  const int shared_by = is_of_experts ? options_.mesh.expert : 1;
+  const int count = std::max(1, options_.num_shards() / shared_by);
+  return {count, data_rank / shared_by % count};
 }
 
 // This rank's rows of a parameter where it is sharded, else all of it.
@@ -192,29 +238,32 @@ at::Tensor ParallelModel::local_part(size_t i) const {
 
 void ParallelModel::build_optimizer() {
   optimizer_ = task_.make_optimizer(options_.weight_decay);
-  const int shards = options_.num_shards(), shard = mesh_.data().rank() % shards;
   std::vector<optim::LocalParameter> parts;
   std::vector<at::Tensor> together;
   int64_t bytes = 0;
-  const auto close = [&] {
+  const auto close = [&](ProcessGroup* group) {
     if (together.empty()) return;
-    ParameterGather gather(*shard_group_, together, options_.runtime.collective_timeout);
+    ParameterGather gather(*group, together, options_.runtime.collective_timeout);
     gathers_.push_back({std::exchange(together, {}), std::move(gather)});
     bytes = 0;
   };
-  for (size_t k = 0; k < table_.trainable().size(); ++k) {
-    const size_t i = table_.trainable()[k];
-    const ModelParameter& parameter = table_.locals()[i];
-    if (parameter.first_use >= 0) continue;
-    const bool is_cut = shards > 1 && !fully_sharded_;
-    at::Tensor part = is_cut ? shard_of(parameter.tensor.detach(), shard, shards) : local_part(i);
-    parts.push_back({parameter.own_name, part, sync_->grad(k), task_.decays(parameter.own_name, parameter.tensor)});
-    if (!is_cut) continue;
-    together.push_back(parameter.tensor.detach());
-    bytes += static_cast<int64_t>(parameter.tensor.nbytes());
-    if (bytes >= kGatherBytes) close();
+  for (const bool of_experts : {false, true}) {
+    const auto [shards, shard] = sharding(of_experts, mesh_.data().rank());
+    ProcessGroup* const group = (of_experts ? expert_shard_group_ : shard_group_).get();
+    for (size_t k = 0; k < table_.trainable().size(); ++k) {
+      const size_t i = table_.trainable()[k];
+      const ModelParameter& parameter = table_.locals()[i];
+      if (parameter.first_use >= 0 || parameter.placement.is_of_experts() != of_experts) continue;
+      const bool is_cut = shards > 1 && !fully_sharded_;
+      at::Tensor part = is_cut ? shard_of(parameter.tensor.detach(), shard, shards) : local_part(i);
+      parts.push_back({parameter.own_name, part, grad(k), task_.decays(parameter.own_name, parameter.tensor)});
+      if (!is_cut) continue;
+      together.push_back(parameter.tensor.detach());
+      bytes += static_cast<int64_t>(parameter.tensor.nbytes());
+      if (bytes >= kGatherBytes) close(group);
+    }
+    close(group);
   }
-  close();
   const nn::MemoryScope memory(nn::MemoryKind::kOptimizer);
   optimizer_->attach(std::move(parts));
 }
@@ -245,21 +294,22 @@ void ParallelModel::initialize(uint64_t seed) {
 
 std::vector<checkpoint::StateTensor> ParallelModel::state() {
   const MeshShape& shape = mesh_.shape();
-  const int world = mesh_.world().size(), per_stage = world / shape.pipeline, shards = options_.num_shards();
+  const int world = mesh_.world().size(), per_stage = world / shape.pipeline;
   // The box of a tensor on each rank: none on other stages, its shard's rows where it is sharded.
   const auto layout = [&](const GlobalTensor& tensor, bool is_sharded) {
     ShardLayout layout{tensor.name, tensor.shape, tensor.dtype, {}};
     for (int rank = 0; rank < world; ++rank) {
       Box box = Box::whole(tensor.shape);
+      const int data = rank % per_stage / (shape.context * shape.tensor);
       if (tensor.tensor_dim >= 0) {
-        const Part& part = tensor.parts[rank % shape.tensor];
+        const Part& part = tensor.parts[tensor.is_of_experts ? data % shape.expert : rank % shape.tensor];
         box.offsets[tensor.tensor_dim] = part.begin;
         box.sizes[tensor.tensor_dim] = part.size;
       }
-      const int data = rank % per_stage / (shape.context * shape.tensor);
       const bool holds = std::find(tensor.stages.begin(), tensor.stages.end(), rank / per_stage) != tensor.stages.end();
       if (!tensor.shape.empty()) {
-        const RowRange rows = row_range(box.sizes[0], data % shards, shards);
+        const auto [shards, shard] = sharding(tensor.is_of_experts, data);
+        const RowRange rows = row_range(box.sizes[0], shard, shards);
         if (is_sharded) box.offsets[0] += rows.begin, box.sizes[0] = rows.count;
         if (!holds) box.sizes[0] = 0;
       }
@@ -283,7 +333,8 @@ std::vector<checkpoint::StateTensor> ParallelModel::state() {
     for (const GlobalTensor& tensor : table_.globals()) {
       if (!tensor.is_trainable) continue;
       const auto found = optimizer_state.find({kind, tensor.name});
-      state.push_back({kind, layout(tensor, shards > 1), found == optimizer_state.end() ? nothing : found->second});
+      state.push_back(
+          {kind, layout(tensor, options_.num_shards() > 1), found == optimizer_state.end() ? nothing : found->second});
     }
   }
   return state;
@@ -298,19 +349,23 @@ void ParallelModel::loaded() {
 }
 
 void ParallelModel::update(const optim::StepScalars& scalars) {
-  sync_->wait();
+  wait_for_gradients();
   lanes_.run([&](int lane) { optimizer_->step(scalars, lane, lanes_.size()); });
   for (Gather& gather : gathers_) gather.gather.start_from(gather.parameters);
   for (Gather& gather : gathers_) gather.gather.finish(gather.parameters, /*skip_own=*/true);
   loaded();
 }
 
-void ParallelModel::drop_gradients() { sync_->wait(); }
+void ParallelModel::wait_for_gradients() {
+  sync_->wait();
+  if (expert_sync_) expert_sync_->wait();
+}
+
+void ParallelModel::drop_gradients() { wait_for_gradients(); }
 
 std::string ParallelModel::name_of_non_finite_gradient() const {
   for (size_t k = 0; k < table_.trainable().size(); ++k) {
-    const at::Tensor& grad = sync_->grad(k);
-    if (grad.defined() && !grad.isfinite().all().item<bool>()) return table_.locals()[table_.trainable()[k]].name;
+    if (grad(k).defined() && !grad(k).isfinite().all().item<bool>()) return table_.locals()[table_.trainable()[k]].name;
   }
   return "";
 }

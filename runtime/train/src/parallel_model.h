@@ -75,17 +75,25 @@ class ParallelModel {
   std::vector<LayerStack::Range> chunks_of(const LayerStack& stack) const;
   size_t part_of(const FoundUnit& unit) const;
   void build_sync();
+  void attach_lanes(const std::vector<size_t>& parts);
   void build_optimizer();
   at::Tensor local_part(size_t parameter) const;
+  const at::Tensor& grad(size_t trainable) const { return places_[trainable].sync->grad(places_[trainable].index); }
+  // How optimizer state (ZeRO: and more) is sharded: over how many ranks, and which of them a data rank is.
+  std::pair<int, int> sharding(bool is_of_experts, int data_rank) const;
 
   void compute_in_lanes(int64_t step, const std::vector<data::Batch>& batches, StepReport& report);
   void compute_in_rounds(int64_t step, const std::vector<data::Batch>& batches, StepReport& report);
   void compute_in_stages(int64_t step, const std::vector<data::Batch>& batches, StepReport& report);
   LossSum compute_leaf(int lane, int64_t step, int64_t leaf, const data::Batch& batch);
   at::Tensor loss_gradient(const at::Tensor& loss) const;
+  void begin_leaf(int lane, int64_t leaf);
+  void end_leaf(int lane);
   void absent_forward(int part);
   void absent_backward(int part);
   void join_terms();
+  void join_terms(GradientSync& sync);
+  void wait_for_gradients();
   void join_tied();
   bool tells_loss() const { return mesh_.tensor().rank() == 0; }  // equal on all ranks of a tensor group
   StepReport evaluate_in_stages(int64_t rounds, int64_t count, const std::function<data::Batch(int64_t)>& get);
@@ -103,10 +111,16 @@ class ParallelModel {
   std::vector<std::shared_ptr<torch::nn::Module>> models_;  // by lane; parameters share lane 0's storage
   std::vector<std::unique_ptr<Runner>> runners_;            // by lane
   ParameterTable table_;
-  std::unique_ptr<ProcessGroup> shard_group_, gather_group_;
+  std::unique_ptr<ProcessGroup> shard_group_, gather_group_, expert_shard_group_;
   std::unique_ptr<FullySharded> fully_sharded_;
   std::unique_ptr<GradientSync> sync_;
   ShardedReducer* sharded_reducer_ = nullptr;  // sync_, where gradients leave after each micro-batch
+  std::unique_ptr<GradientSync> expert_sync_;  // of experts that are shared among ranks; a lane for each of these
+  struct Place {
+    GradientSync* sync;
+    size_t index;
+  };
+  std::vector<Place> places_;  // of trainable parameters
   struct Gather {
     std::vector<at::Tensor> parameters;
     ParameterGather gather;

@@ -82,11 +82,11 @@ void ParameterTable::find_globals(torch::nn::Module& model, const Mesh& mesh) {
     json parts = json::array();
     for (const Part& part : local.placement.parts) parts.push_back({part.begin, part.size});
     mine.push_back({local.own_name, local.placement.shape, checkpoint::dtype_name(local.tensor.scalar_type()), false,
-                    local.is_trainable, i, local.placement.tensor_dim, parts});
+                    local.is_trainable, i, local.placement.tensor_dim, parts, local.placement.is_of_experts()});
   }
   for (const auto& item : model.named_buffers()) {
     mine.push_back({item.key(), item.value().sizes().vec(), checkpoint::dtype_name(item.value().scalar_type()), true,
-                    false, buffers_.size(), -1, json::array()});
+                    false, buffers_.size(), -1, json::array(), false});
     buffers_.push_back(item.value());
   }
   const auto texts = all_gather_text(mesh.pipeline(), mine.dump());
@@ -98,6 +98,8 @@ void ParameterTable::find_globals(torch::nn::Module& model, const Mesh& mesh) {
         globals_.push_back({.name = entry[0],
                             .shape = entry[1],
                             .tensor_dim = entry[6],
+                            .parts = {},
+                            .is_of_experts = entry[8],
                             .dtype = entry[2],
                             .is_buffer = entry[3],
                             .is_trainable = entry[4]});

@@ -25,15 +25,16 @@ struct ModelParameter {
   int64_t first_use = -1;     ///< index of the parameter whose storage this one shares
   bool is_tied_away = false;  ///< the other use is on another stage
   size_t unit = 0, place_in_unit = 0;
-  ParameterPlacement placement;  ///< on the tensor axis
+  ParameterPlacement placement;  ///< on the tensor axis, or among the ranks that share experts
 };
 
 /// A tensor of the whole model, wherever it is: equal on all ranks.
 struct GlobalTensor {
   std::string name;
   std::vector<int64_t> shape;
-  int tensor_dim = -1;      ///< cut over the tensor axis: -1 not
-  std::vector<Part> parts;  ///< of tensor_dim, by rank of the tensor axis
+  int tensor_dim = -1;      ///< cut over the tensor axis, or over the ranks that share experts: -1 not
+  std::vector<Part> parts;  ///< of tensor_dim, by rank there
+  bool is_of_experts = false;
   std::string dtype;
   bool is_buffer = false;
   bool is_trainable = false;

@@ -10,9 +10,10 @@ std::shared_ptr<torch::nn::Module> Task::make_model() {
 
 std::shared_ptr<torch::nn::Module> Task::make_model(const ModelParallel& parallel) {
   if (parallel.is_parallel()) {
-    throw ConfigError("the model of task " + name() +
-                      " has no layers that could be cut over ranks. Mend: --tensor_parallel_size=1 "
-                      "--context_parallel_size=1, or override make_model(const ModelParallel&)");
+    throw ConfigError(
+        "the model of task " + name() +
+        " has no layers that could be cut over ranks. Mend: --tensor_parallel_size=1 "
+        "--context_parallel_size=1 --expert_parallel_size=1, or override make_model(const ModelParallel&)");
   }
   return make_model();
 }

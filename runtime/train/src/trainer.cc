@@ -143,7 +143,7 @@ int Trainer::num_lanes() {
   if (!device_.is_cpu()) throw ConfigError("the step's kernels are for CPUs so far. Mend: --device=cpu");
   nn::install_cpu_allocator();
   const MeshShape& mesh = options_.mesh;
-  if (options_.zero_stage >= 2 || mesh.pipeline * mesh.context * mesh.tensor > 1)
+  if (options_.zero_stage >= 2 || mesh.pipeline * mesh.context * mesh.tensor * mesh.expert > 1)
     return 1;  // their collectives need one order
   const int64_t share = leaf_share(options_.num_leaves(), mesh_.data().rank(), mesh_.data().size()).count();
   const int wanted = options_.parallel_micro_batches > 0 ? options_.parallel_micro_batches

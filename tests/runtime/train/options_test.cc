@@ -50,6 +50,12 @@ TEST(OptionsTest, WhatDoesNotWorkOutPrintsBothSidesAndTheMend) {
   EXPECT_THAT(refusal([](Options& o) { o.reduction = "best"; }), HasSubstr("neither ordered nor fast"));
   EXPECT_THAT(refusal([](Options& o) { o.schedule.kind = "sine"; }), HasSubstr("sine"));
   EXPECT_THAT(refusal([](Options& o) { o.run_dir = ""; }), HasSubstr("--run_dir"));
+  EXPECT_THAT(refusal([](Options& o) { o.mesh.expert = 2, o.global_batch_size = 10, o.micro_batch_size = 1; }, 4),
+              AllOf(HasSubstr("10 micro-batches"), HasSubstr("size 4"), HasSubstr("--global_batch_size=12")));
+  EXPECT_THAT(refusal([](Options& o) { o.mesh.expert = 2, o.zero_stage = 2; }, 4), HasSubstr("--zero_stage=1"));
+  EXPECT_THAT(refusal([](Options& o) { o.mesh.expert = 4, o.zero_stage = 1, o.zero_shard_size = 2; }, 4),
+              HasSubstr("--zero_shard_size=2 is no multiple of --expert_parallel_size=4"));
+  EXPECT_THAT(refusal([](Options& o) { o.mesh.expert = 3; }, 4), HasSubstr("does not divide data-parallel size 4"));
 }
 
 TEST(OptionsTest, TheConfigurationOfARunIsWhatDecidesItsBits) {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <lockstep/sharding/context_parallel.h>
+#include <lockstep/sharding/expert_parallel.h>
 #include <lockstep/sharding/tensor_parallel.h>
 
 namespace lockstep {
@@ -9,7 +10,8 @@ namespace lockstep {
 struct ModelParallel {
   TensorParallel tensor;
   ContextParallel context;
-  bool is_parallel() const { return tensor.is_parallel() || context.size() > 1; }
+  ExpertParallel expert;
+  bool is_parallel() const { return tensor.is_parallel() || context.size() > 1 || expert.size() > 1; }
 };
 
 }  // namespace lockstep

@@ -27,17 +27,20 @@ std::vector<Part> even_parts(int64_t total, int count);
 /// Parts of a dim whose elements are `factor` times as many: from heads to the rows of their weight.
 std::vector<Part> scaled(std::vector<Part> parts, int64_t factor);
 
-/// Where one parameter lives on the mesh's tensor axis.
+/// Where one parameter lives on the mesh's tensor axis, or that of experts.
 struct ParameterPlacement {
   std::string name;            ///< as named_parameters() has it
   std::vector<int64_t> shape;  ///< global
   int tensor_dim = -1;         ///< the dim that is cut; -1: replicated
   std::vector<Part> parts;  ///< of tensor_dim, by rank of the tensor group; equal ones are replicas. Empty: replicated
   int rank = 0;             ///< this rank in the tensor group
+  /// Not -1: `parts` are by rank of the expert group, in which this is it; the ranks of a tensor group have equal ones.
+  int expert_rank = -1;
   /// The gradient that backward makes on this rank is one term of a sum over the ranks that hold the same part.
   bool is_partial = false;
 
   Part part() const { return part(rank); }
+  bool is_of_experts() const { return expert_rank >= 0; }
   Part part(int tensor_rank) const;  ///< of a replicated parameter: {0, 0}
   Box box(int tensor_rank) const;
   Box box() const { return box(rank); }
@@ -65,8 +68,8 @@ class Placed {
 /// @throws CheckFailed a local tensor that has not the size its module declares.
 std::vector<ParameterPlacement> placements(const torch::nn::Module& model, const TensorParallel& tp);
 
-/// The placement on every rank of the world: equal over the pipeline, data and context axes. With a `pipeline_stage`
-/// only that stage's ranks hold anything.
+/// The placement on every rank of the world: equal over the pipeline, data and context axes, but for experts. With a
+/// `pipeline_stage` only that stage's ranks hold anything.
 ShardLayout shard_layout(const ParameterPlacement& placement, std::string dtype, const MeshShape& mesh,
                          int pipeline_stage = -1);
 

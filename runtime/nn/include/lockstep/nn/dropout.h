@@ -6,9 +6,11 @@
 
 namespace lockstep::nn {
 
-/// What randomness inside a step is keyed by, so that no layout changes it and nothing has to be saved.
+/// What a micro-batch's computation may depend on beside its data: the key of randomness, so that no layout changes it
+/// and nothing has to be saved, and what the loss is weighted with.
 struct StepKey {
   uint64_t seed = 0, step = 0, leaf = 0;
+  float loss_weight = 1;  ///< the gradient that backward starts from; for losses that a layer adds where it stands
 };
 
 /// Sets this thread's key for the scope. The Trainer does so around each micro-batch.
