@@ -27,6 +27,15 @@ SIZES = {
     "tiny": (["--layers=4", "--width=128", "--heads=4", "--sequence_length=128"], 32, 40),
     "small": (["--layers=6", "--width=384", "--heads=6", "--sequence_length=256"], 8, 10),
 }
+# Ways to share the work: ranks, our flags, the peer's name, its settings to choose from, the ratio wanted.
+EAGER_OR_COMPILED = {"eager": [], "compiled": ["--compile"]}
+LAYOUTS = {
+    "1 process": (1, [], "PyTorch", EAGER_OR_COMPILED, 1.0),
+    "2 ranks": (2, [], "PyTorch DDP", EAGER_OR_COMPILED, 1.0),
+    "zero3": (2, ["--zero_stage=3"], "PyTorch FSDP2", {"resharding": ["--fsdp=reshard"], "not resharding": ["--fsdp=keep"]}, 1.2),
+    "tensor2": (2, ["--tensor_parallel_size=2"], "PyTorch DTensor", {"eager": ["--tensor"]}, 1.2),
+}
+PARALLEL_ROWS = [("small", "fp32", "zero3"), ("small", "bf16", "zero3"), ("small", "fp32", "tensor2")]
 WARMUP_STEPS = 3
 ALL_REDUCE_BYTES = [4, 1 << 10, 16 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20]
 # Open MPI as it comes, its segmented ring, and what torch.distributed has on CPUs.
@@ -46,35 +55,38 @@ def run(command, **environment):
 
 
 class TrainingRow:
-    """Tokens a second of one size, precision and number of processes."""
+    """Tokens a second of one size, precision and layout."""
 
-    unit, goal = "tokens/s", 1.0
+    unit = "tokens/s"
 
-    def __init__(self, bin_dir, size, precision, ranks):
-        self.bin_dir = bin_dir
-        self.name = f"train/{size}/{precision}/{'1 process' if ranks == 1 else f'{ranks} ranks'}"
+    def __init__(self, bin_dir, size, precision, layout):
+        self.bin_dir, self.name, self.precision = bin_dir, f"train/{size}/{precision}/{layout}", precision
         self.flags, self.batch, self.timed = SIZES[size]
-        self.precision, self.ranks, self.steps = precision, ranks, WARMUP_STEPS + self.timed
-        self.tokens = self.batch * int(self.flags[-1].split("=")[1])
-        self.peer_flags = []
+        self.ranks, self.layout_flags, self.peer_name, self.peer_settings, self.goal = LAYOUTS[layout]
+        self.steps, self.tokens = WARMUP_STEPS + self.timed, self.batch * int(self.flags[-1].split("=")[1])
+
+    def why_not(self):
+        known = subprocess.run([self.bin_dir / "gpt", "--help"], capture_output=True, text=True).stdout
+        missing = [flag for flag in self.layout_flags if flag.split("=")[0] not in known]
+        return f"gpt does not know {' '.join(missing)}" if missing else None
 
     def prepare(self, folder):
         self.folder = folder
         self.ours()  # leaves configuration and initial weights for the peer
-        # The peer at its best: eager or compiled, whichever is faster here.
+        # The peer at its best: the setting that is fastest here.
         rates = {}
-        for flags in ([], ["--compile"]):
-            self.peer_flags = flags
-            rates[tuple(flags)] = self.peer()
-        self.peer_flags = list(max(rates, key=rates.get))
-        self.peer_name = f"PyTorch {'DDP ' if self.ranks > 1 else ''}{'compiled' if self.peer_flags else 'eager'}, tcmalloc"
+        for setting, self.peer_flags in self.peer_settings.items():
+            rates[setting] = self.peer()
+        best = max(rates, key=rates.get)
+        self.peer_flags = self.peer_settings[best]
+        self.peer_name += f" {best}, tcmalloc"
 
     def ours(self):
         run_dir = self.folder / "run"
         subprocess.run(["rm", "-rf", run_dir], check=True)
         run([self.bin_dir / "lockstep", "run", "-n", self.ranks, "--", self.bin_dir / "gpt", f"--run_dir={run_dir}", f"--train_data={DATA}", f"--steps={self.steps}",
              f"--global_batch_size={self.batch}", f"--micro_batch_size={self.batch // 2}", "--warmup_steps=10", "--checkpoint_initial", "--checkpoint_interval_steps=0",
-             "--eval_interval_steps=0", "--learning_rate=5e-4", f"--precision={self.precision}", *self.flags])
+             "--eval_interval_steps=0", "--learning_rate=5e-4", f"--precision={self.precision}", *self.flags, *self.layout_flags])
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         self.our_losses = [line["loss"] for line in lines]
         return self.tokens / statistics.median(line["step_s"] for line in lines[WARMUP_STEPS:])
@@ -96,6 +108,9 @@ class StartRow:
 
     def __init__(self, bin_dir):
         self.bin_dir = bin_dir
+
+    def why_not(self):
+        return None
 
     def prepare(self, folder):
         self.folder = folder
@@ -129,6 +144,9 @@ class AllReduceRow:
         elif peer_name == "Open MPI" and bytes >= 16 << 20:
             self.goal = 2.0
 
+    def why_not(self):
+        return None
+
     def prepare(self, folder):
         pass
 
@@ -161,12 +179,16 @@ def main():
     parser.add_argument("--bin_dir", type=pathlib.Path, default=ROOT / "build/release/bin")
     arguments = parser.parse_args()
     bin_dir = arguments.bin_dir.resolve()
-    rows = [TrainingRow(bin_dir, size, precision, ranks) for size in SIZES for precision in ("fp32", "bf16") for ranks in (1, 2)] + [StartRow(bin_dir)]
+    rows = [TrainingRow(bin_dir, size, precision, layout) for size in SIZES for precision in ("fp32", "bf16") for layout in ("1 process", "2 ranks")]
+    rows += [TrainingRow(bin_dir, *row) for row in PARALLEL_ROWS] + [StartRow(bin_dir)]
     rows += [AllReduceRow(bin_dir, bytes, memory, peer) for bytes in ALL_REDUCE_BYTES for memory in ("mapped", "plain") for peer in ALL_REDUCE_PEERS]
     results = []
     print(f"{'row':46} {'ours':>10} {'peer':>10} {'ratio':>6}  spread       goal  peer")
     for row in rows:
         if not fnmatch.fnmatch(row.name, arguments.rows):
+            continue
+        if reason := row.why_not():
+            print(f"{row.name:46} skipped: {reason}", flush=True)
             continue
         result = measure(row, arguments.rounds)
         results.append(result)

@@ -1,7 +1,9 @@
-"""The installed package is enough: README's own program, outside the tree, finds it, builds on it, and trains, alone and on two ranks.
+"""The installed package is enough: README's own programs, outside the tree, find it, build on it, and train, alone and on two ranks.
+The second one's blocks are units: with ZeRO-3 and recomputation on two ranks it computes the bits of one plain rank.
 
 Usage: install_test.py BUILD_DIR MPIRUN_SCRIPT
 """
+import json
 import os
 import re
 import subprocess
@@ -21,6 +23,20 @@ def run(*command):
     return done.stdout
 
 
+def snippets(language, text):
+    return re.findall(f"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def train(program, ranks, *flags):
+    """Losses of all steps, and the digests of what the run leaves."""
+    run_dir = f"{folder}/{program}{ranks}"
+    run(*([mpirun, str(ranks)] if ranks > 1 else []), f"{outside}/{program}", f"--run_dir={run_dir}", "--steps=400", "--learning_rate=0.01", *flags)
+    losses = [json.loads(line)["loss"] for line in open(run_dir + "/metrics.jsonl")]
+    print(f"{program}, {ranks} ranks {' '.join(flags)}: loss {losses[0]} to {losses[-1]}")
+    tensors = json.loads(run(prefix + "/bin/lockstep", "inspect", "--json", run_dir))["tensors"]
+    return losses, {name: tensor["digest"] for name, tensor in tensors.items()}
+
+
 with tempfile.TemporaryDirectory(prefix="lockstep_install_") as folder:
     prefix, outside = folder + "/prefix", folder + "/build"
     run("cmake", "--install", build, "--prefix", prefix)
@@ -32,17 +48,21 @@ with tempfile.TemporaryDirectory(prefix="lockstep_install_") as folder:
     source = folder + "/source"
     os.mkdir(source)
     readme = open(here + "/../../README.md").read()
-    for language, name in (("cpp", "sine.cc"), ("cmake", "CMakeLists.txt")):
+    sine, blocks, *_ = snippets("cpp", readme)
+    start, main = sine.split("int main")
+    lists = snippets("cmake", readme)[0]
+    files = {"sine.cc": sine, "blocks.cc": start + blocks + "\nint main" + main.replace("<FitSine>", "<FitSineWithBlocks>"),
+             "CMakeLists.txt": lists + "add_executable(blocks blocks.cc)\ntarget_link_libraries(blocks PRIVATE lockstep::train)\n"}
+    for name, text in files.items():
         with open(f"{source}/{name}", "w") as file:
-            file.write(re.search(f"^```{language}\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE).group(1))
+            file.write(text)
     run("cmake", "-S", source, "-B", outside, "-DCMAKE_PREFIX_PATH=" + prefix, "-DCMAKE_BUILD_TYPE=Release")
-    run("cmake", "--build", outside)
+    run("cmake", "--build", outside, "--parallel", "2")
     libraries = run("ldd", outside + "/sine")
     assert prefix in libraries and os.path.realpath(build) not in libraries, libraries
-    losses = []
-    for ranks, command in ((1, [outside + "/sine"]), (2, [mpirun, "2", outside + "/sine"])):
-        output = run(*command, f"--run_dir={folder}/run{ranks}", "--steps=400", "--learning_rate=0.01")
-        losses.append(re.search(r"done: 400 steps in .*, loss (\S+)", output).group(1))
-        print(f"{ranks} ranks, loss {losses[-1]}")
-    assert float(losses[0]) < 0.01 and losses[0] == losses[1], losses
-    assert run(prefix + "/bin/lockstep", "--help")
+    alone, (losses, digests) = train("sine", 1), train("sine", 2)
+    assert losses[-1] < 0.01 and alone == (losses, digests), (alone[0][-1], losses[-1])
+    alone, (losses, digests) = train("blocks", 1), train("blocks", 2, "--zero_stage=3", "--recompute=full")
+    assert alone[0] == losses, f"losses part at step {next(i for i, pair in enumerate(zip(alone[0], losses)) if pair[0] != pair[1])}"
+    assert alone[1] == digests and "a.up.weight" in digests, (alone[1], digests)
+    assert losses[-1] < 0.01 * losses[0], losses

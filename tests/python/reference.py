@@ -90,14 +90,25 @@ class Block(torch.nn.Module):
         b, t, width = x.shape
         heads, kv_heads = self.c["heads"], self.c["kv_heads"]
         h = self.norm1(x)
-        q, k, v = (linear(h).view(b, t, -1, width // heads).transpose(1, 2) for linear in (self.query, self.key, self.value))
+        parts = self.qkv(h).split(self.rows, dim=-1) if hasattr(self, "qkv") else (self.query(h), self.key(h), self.value(h))
+        q, k, v = (part.view(b, t, -1, width // heads).transpose(1, 2) for part in parts)
         if angles is not None:
             q, k = turn(q, *angles), turn(k, *angles)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
-        x = x + self.projection(y.transpose(1, 2).reshape(b, t, width))
+        x = x + self.projection(y.transpose(1, 2).reshape(b, t, -1))
         h = self.norm2(x)
         h = F.silu(self.gate(h)) * self.up(h) if self.c["model"] == "llama" else F.gelu(self.up(h), approximate="tanh")
         return x + self.down(h)
+
+    def fuse(self, ranks=1):
+        """Makes query, key and value one product, as is usual in PyTorch: each of `ranks` parts of its rows holds those of its heads."""
+        apart = [self.query, self.key, self.value]
+        self.rows = [linear.out_features // ranks for linear in apart]
+        self.qkv = torch.nn.Linear(self.c["width"], sum(linear.out_features for linear in apart), bias=self.query.bias is not None)
+        for name, parameter in self.qkv.named_parameters():
+            pieces = [getattr(linear, name).data.chunk(ranks) for linear in apart]
+            parameter.data = torch.cat([piece[rank] for rank in range(ranks) for piece in pieces])
+        del self.query, self.key, self.value
 
 
 def turn(x, cosines, sines):
@@ -140,10 +151,11 @@ class Gpt(torch.nn.Module):
 
 
 def adamw(model, config, fused=True):
-    """The optimizer of a run's config: decay on tensors of two and more dims."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}]
+    """The optimizer of a run's config: decay on tensors of two and more dims. A fused update wants tensors of one kind in a group."""
+    kinds = {}
+    for p in model.parameters():
+        kinds.setdefault((p.dim() >= 2, type(p.data)), []).append(p)
+    groups = [{"params": members, "weight_decay": config["weight_decay"] if decays else 0.0} for (decays, _), members in kinds.items()]
     return torch.optim.AdamW(groups, lr=config["learning_rate"], betas=(0.9, 0.95), eps=1e-8, fused=fused)
 
 

@@ -4,6 +4,8 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include <torch/nn/module.h>
@@ -43,26 +45,80 @@ class UnitBase {
   size_t number_ = 0;
 };
 
-/// A layer that the runtime may treat on its own: what ZeRO-3 gathers and frees together, what recomputation forgets.
-/// It is its layer: parameter names, members and type stay, only forward() takes a detour. Mark the repeated blocks of
-/// a model, and its large ends:
-///
-///     block_ = register_module("block0", unit<Block>(width, heads));
-///     y = block_->forward(x);
-///
-/// forward() takes the layer's arguments by value (tensors are handles) and returns a tensor. Call it once a
-/// micro-batch.
+namespace unit_detail {
+
+/// The class behind a holder (TORCH_MODULE), or the class itself.
+template <class T>
+struct LayerOf {
+  using Type = T;
+};
+template <class Holder>
+requires requires { typename Holder::ContainedType; }
+struct LayerOf<Holder> {
+  using Type = typename Holder::ContainedType;
+};
+
+/// forward() of a layer, where it has one only.
 template <class Layer>
-class Unit : public Layer, public UnitBase {
+constexpr auto forward_of() {
+  if constexpr (requires { &Layer::forward; }) return &Layer::forward;
+}
+
+/// Whether forward() has a default for its last argument.
+template <class Layer, class Args, size_t... I>
+constexpr bool has_default(std::index_sequence<I...>) {
+  return requires(Layer & layer, std::tuple_element_t<I, Args>... args) { layer.forward(args...); };
+}
+
+/// A layer and the way into it. This one has any forward(): overloads, templates, defaults.
+template <class Layer, class Forward>
+class Detour : public Layer, public UnitBase {
  public:
-  template <class... Args>
-  explicit Unit(Args&&... args) : Layer(std::forward<Args>(args)...) {
-    drop_storage(*this);
-  }
+  using Layer::Layer;
 
   template <class... Args>
   at::Tensor forward(Args... args) {
     return call([this, args...] { return Layer::forward(args...); });
+  }
+};
+
+/// This one is declared as the layer's: torch::nn::Sequential asks for its address, and a virtual one is overridden.
+template <class Layer, class Owner, class First, class... Rest>
+requires(!has_default<Layer, std::tuple<First, Rest...>>(
+    std::index_sequence_for<Rest...>())) class Detour<Layer, at::Tensor (Owner::*)(First, Rest...)> : public Layer,
+                                                                                                      public UnitBase {
+ public:
+  using Layer::Layer;
+
+  at::Tensor forward(First first, Rest... rest) {
+    return call([this, first, rest...] { return Layer::forward(first, rest...); });
+  }
+};
+
+template <class Layer>
+using DetourOf = Detour<Layer, decltype(forward_of<Layer>())>;
+
+}  // namespace unit_detail
+
+/// A layer that the runtime may treat on its own: what ZeRO-3 gathers and frees together, what recomputation forgets.
+/// It is its layer: parameter names, members and type stay, only forward() takes a detour. Mark the repeated blocks of
+/// a model, and its large ends:
+///
+///     std::shared_ptr<Unit<Block>> block_ = register_module("block0", unit<Block>(width, heads));
+///     y = block_->forward(x);
+///
+///     torch::nn::Sequential blocks(unit<Block>(width, heads), unit<Block>(width, heads));
+///
+/// `Layer` is a module class or its holder (`unit<torch::nn::Linear>(4, 8)`). forward() returns a tensor; its arguments
+/// are copied (tensors are handles), for it may run again in backward. Call it once a micro-batch, and through a
+/// pointer to the Unit: through a pointer to its layer the detour is missed, unless forward() is virtual.
+template <class Layer>
+class Unit : public unit_detail::DetourOf<typename unit_detail::LayerOf<Layer>::Type> {
+ public:
+  template <class... Args>
+  explicit Unit(Args&&... args)
+      : unit_detail::DetourOf<typename unit_detail::LayerOf<Layer>::Type>(std::forward<Args>(args)...) {
+    UnitBase::drop_storage(*this);
   }
 };
 
