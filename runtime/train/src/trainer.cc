@@ -1,5 +1,6 @@
 #include <chrono>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include <unistd.h>
@@ -20,6 +21,7 @@
 #include "heartbeat.h"
 #include "lanes.h"
 #include "parallel_model.h"
+#include "replica_watch.h"
 #include "run_directory.h"
 #include "step_exchange.h"
 #include "whole_model.h"
@@ -75,11 +77,14 @@ class Trainer {
   int num_lanes();
   void build_data();
   void open_run();
+  void watch_replicas();
   void resume();
 
   // The step, top to bottom.
   void step();
   void skip_step(const StepReport& report, double loss);
+  void check_replicas(int64_t bucket, std::span<const uint64_t> digests);
+  void check_all_replicas();
   void report_step(double loss, double grad_norm, double learning_rate, double accuracy, double step_s);
   int64_t prefetch();
 
@@ -104,6 +109,7 @@ class Trainer {
   std::unique_ptr<checkpoint::Store> store_;
   std::unique_ptr<metrics::Ledger> ledger_;
   std::unique_ptr<Watch> watch_;
+  std::optional<ReplicaWatch> replicas_;  // where something has a replica
   std::unique_ptr<Heartbeat> heartbeat_;
   std::string config_;
   uint64_t epoch_ = 0;  // fencing: of this start
@@ -149,6 +155,7 @@ void Trainer::open_run() {
                                                                    .epoch = epoch_,
                                                                    .timeout = options_.runtime.collective_timeout});
   resume();
+  watch_replicas();
   loader_ = std::make_unique<data::TrainingLoader>(training_,
                                                    data::LoaderOptions{.seed = options_.seed,
                                                                        .micro_batch_size = options_.micro_batch_size,
@@ -177,6 +184,12 @@ void Trainer::open_run() {
             << options_.num_leaves() << " micro-batches of " << options_.micro_batch_size << " a step, "
             << lanes_.size() << " at once on this rank, " << options_.precision << ", run directory "
             << options_.run_dir;
+}
+
+void Trainer::watch_replicas() {
+  if (options_.replica_check_interval_steps == 0 || options_.reduction != "ordered") return;
+  replicas_.emplace(model_.state(), world_.rank(), options_.replica_check_interval_steps);
+  if (replicas_->num_digests() == 0) replicas_.reset();
 }
 
 void Trainer::resume() {
@@ -256,7 +269,10 @@ void Trainer::step() {
   report.stop = stop_requested();
   const double divisor = static_cast<double>(step_count_);
   report.count = prefetch();
-  report = exchange(world_, report);
+  const int64_t bucket = replicas_ ? replicas_->bucket_of(step_) : 0;
+  std::vector<uint64_t> digests = replicas_ ? replicas_->digests(bucket) : std::vector<uint64_t>();
+  report = exchange(world_, report, &digests);
+  if (replicas_) check_replicas(bucket, digests);
 
   const double loss = report.loss.value() / divisor;
   if (report.squares.has_non_finite() || report.loss.has_non_finite()) {
@@ -278,9 +294,36 @@ void Trainer::step() {
   stop_if_asked(report.stop != 0);
 }
 
+// Every rank has the same digests, so all find the same fault; the ledger has it before the first of them goes.
+void Trainer::check_replicas(int64_t bucket, std::span<const uint64_t> digests) {
+  const auto fault = replicas_->find_fault(bucket, digests);
+  if (!fault) return;
+  const auto [message, record] = replicas_->explain(*fault, step_, world_);
+  if (is_chief()) {
+    watch_->progress.finish();
+    watch_->metrics.flush();
+    ledger_->append("replica_fault", record);
+  }
+  world_.barrier(options_.runtime.collective_timeout);
+  throw NodeFault(message);
+}
+
+// A number that is not finite may come from one bad bit: everything is looked at, in an exchange of its own.
+void Trainer::check_all_replicas() {
+  if (!replicas_) return;
+  for (int64_t bucket = 0; bucket < replicas_->interval_steps(); ++bucket) {
+    const std::vector<uint64_t> mine = replicas_->digests(bucket);
+    const std::string all = all_gather_bytes(world_, std::as_bytes(std::span(mine)));
+    std::vector<uint64_t> digests(all.size() / sizeof(uint64_t));
+    std::memcpy(digests.data(), all.data(), all.size());
+    check_replicas(bucket, digests);
+  }
+}
+
 // Every rank sees the same flag, so every rank skips. The data moves on; the update does not.
 void Trainer::skip_step(const StepReport& report, double loss) {
   model_.drop_gradients();
+  check_all_replicas();
   if (++skipped_in_a_row_ > kMaxSkippedInARow) {
     std::string culprit = report.squares.has_non_finite() ? model_.name_of_non_finite_gradient() : "";
     culprit = report.squares.has_non_finite() ? "the gradient of " + (culprit.empty() ? "another rank" : culprit)
