@@ -22,6 +22,13 @@ void share_storage(const std::vector<at::Tensor>& from, const std::vector<at::Te
   for (size_t i = 0; i < to.size(); ++i) to[i].set_data(from[i].detach());
 }
 
+std::vector<metrics::TraceTrack> lane_tracks(metrics::Trace* trace, int lanes) {
+  std::vector<metrics::TraceTrack> tracks;
+  for (int lane = 0; lane < lanes; ++lane)
+    tracks.emplace_back(trace, lane == 0 ? "compute" : "compute, lane " + std::to_string(lane));
+  return tracks;
+}
+
 }  // namespace
 
 // What a unit's call means on this rank.
@@ -43,8 +50,17 @@ class ParallelModel::Runner : public UnitRuntime {
   Recompute recompute_;
 };
 
-ParallelModel::ParallelModel(const Mesh& mesh, at::Device device, Task& task, const Options& options, LanePool& lanes)
-    : mesh_(mesh), device_(device), task_(task), options_(options), lanes_(lanes) {
+ParallelModel::ParallelModel(const Mesh& mesh, at::Device device, Task& task, const Options& options, LanePool& lanes,
+                             metrics::Trace* trace)
+    : mesh_(mesh),
+      device_(device),
+      task_(task),
+      options_(options),
+      lanes_(lanes),
+      tracks_{lane_tracks(trace, lanes.size()),
+              {trace, "gradient collectives"},
+              {trace, "parameter gathers"},
+              {trace, "optimizer"}} {
   build();
   build_sync();
   build_optimizer();
@@ -87,8 +103,8 @@ void ParallelModel::build() {
     for (const ModelParameter& parameter : table_.locals())
       units[parameter.unit].parameters.push_back(parameter.tensor);
     gather_group_ = mesh_.data().split(rank / shards, rank, "gather");
-    fully_sharded_ =
-        std::make_unique<FullySharded>(*gather_group_, std::move(units), options_.runtime.collective_timeout);
+    fully_sharded_ = std::make_unique<FullySharded>(*gather_group_, std::move(units),
+                                                    options_.runtime.collective_timeout, tracks_.gathers);
   }
   for (const auto& model : models_) {
     runners_.push_back(std::make_unique<Runner>(fully_sharded_.get(), options_.recompute));
@@ -146,7 +162,8 @@ void ParallelModel::build_sync() {
                                                                      if (fully_sharded_)
                                                                        fully_sharded_->after_backward(unit);
                                                                    },
-                                                               .timeout = options_.runtime.collective_timeout});
+                                                               .timeout = options_.runtime.collective_timeout,
+                                                               .track = tracks_.collectives});
     sharded_reducer_ = reducer.get();
     sync_ = std::move(reducer);
   } else {
@@ -156,7 +173,8 @@ void ParallelModel::build_sync() {
                                .num_shards = options_.num_shards(),
                                .bucket_bytes = options_.bucket_bytes,
                                .reduction = options_.reduction == "fast" ? Reduction::kFast : Reduction::kOrdered,
-                               .timeout = options_.runtime.collective_timeout});
+                               .timeout = options_.runtime.collective_timeout,
+                               .track = tracks_.collectives});
   }
   for (const auto& model : models_) {
     const auto parameters = model->named_parameters();
@@ -279,9 +297,19 @@ void ParallelModel::loaded() {
 
 void ParallelModel::update(const optim::StepScalars& scalars) {
   sync_->wait();
-  lanes_.run([&](int lane) { optimizer_->step(scalars, lane, lanes_.size()); });
-  for (Gather& gather : gathers_) gather.gather.start_from(gather.parameters);
-  for (Gather& gather : gathers_) gather.gather.finish(gather.parameters, /*skip_own=*/true);
+  {
+    const metrics::TraceSpan span(tracks_.optimizer, "optimizer", "step");
+    lanes_.run([&](int lane) { optimizer_->step(scalars, lane, lanes_.size()); });
+  }
+  for (size_t i = 0; i < gathers_.size(); ++i) {
+    const metrics::TraceSpan span(tracks_.gathers, "launch parameter gather", "collective", {"bucket", static_cast<int64_t>(i)});
+    gathers_[i].gather.start_from(gathers_[i].parameters);
+  }
+  for (size_t i = 0; i < gathers_.size(); ++i) {
+    const metrics::TraceSpan span(tracks_.gathers, "wait for parameters", "collective",
+                                  {"bucket", static_cast<int64_t>(i)});
+    gathers_[i].gather.finish(gathers_[i].parameters, /*skip_own=*/true);
+  }
   loaded();
 }
 

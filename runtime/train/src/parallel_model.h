@@ -10,6 +10,7 @@
 #include <lockstep/checkpoint/checkpoint.h>
 #include <lockstep/collectives/mesh.h>
 #include <lockstep/data/dataset.h>
+#include <lockstep/metrics/trace.h>
 #include <lockstep/optim/optimizer.h>
 #include <lockstep/sharding/fully_sharded.h>
 #include <lockstep/sharding/gradient_sync.h>
@@ -33,7 +34,9 @@ namespace lockstep::train {
 /// Collective: all ranks of the world make the same calls. Threads: one, which is lane 0 of `lanes`.
 class ParallelModel {
  public:
-  ParallelModel(const Mesh& mesh, at::Device device, Task& task, const Options& options, LanePool& lanes);
+  /// @param trace told what lanes, collectives and the optimizer do when; null: nobody.
+  ParallelModel(const Mesh& mesh, at::Device device, Task& task, const Options& options, LanePool& lanes,
+                metrics::Trace* trace);
   ~ParallelModel();
   ParallelModel(const ParallelModel&) = delete;
   ParallelModel& operator=(const ParallelModel&) = delete;
@@ -96,6 +99,11 @@ class ParallelModel {
   Task& task_;
   const Options& options_;
   LanePool& lanes_;
+  struct Tracks {
+    std::vector<metrics::TraceTrack> lanes;
+    metrics::TraceTrack collectives, gathers, optimizer;
+  };
+  const Tracks tracks_;
 
   std::vector<std::shared_ptr<torch::nn::Module>> models_;  // by lane; parameters share lane 0's storage
   std::vector<std::unique_ptr<Runner>> runners_;            // by lane

@@ -21,6 +21,7 @@
 #include "heartbeat.h"
 #include "lanes.h"
 #include "parallel_model.h"
+#include "profile.h"
 #include "replica_watch.h"
 #include "run_directory.h"
 #include "step_exchange.h"
@@ -65,7 +66,10 @@ class Trainer {
         fs_(fs),
         mesh_(world, options_.mesh),
         lanes_(num_lanes(), [threads = options_.threads_per_rank] { configure_arithmetic(threads); }),
-        model_(mesh_, device, task, options_, lanes_) {
+        profile_(world, device, fs, options_.run_dir + "/traces", parse_steps(options_.profile_steps),
+                 options_.runtime.collective_timeout),
+        track_(profile_.track("step")),
+        model_(mesh_, device, task, options_, lanes_, &profile_.trace()) {
     build_data();
     open_run();
   }
@@ -103,6 +107,8 @@ class Trainer {
   Mesh mesh_;
   LanePool lanes_;
 
+  Profile profile_;
+  metrics::TraceTrack track_;
   ParallelModel model_;
   std::shared_ptr<const data::Dataset> training_, validation_;
   std::unique_ptr<data::TrainingLoader> loader_;
@@ -233,10 +239,12 @@ Result Trainer::run() {
   first.count = prefetch();
   step_count_ = exchange(world_, first).count;
   while (step_ < options_.steps) {
+    profile_.begin_step(step_);
     step();
     const bool last = step_ == options_.steps;
     if (last || (options_.checkpoint_interval_steps > 0 && step_ % options_.checkpoint_interval_steps == 0)) save();
     if (last || (options_.eval_interval_steps > 0 && step_ % options_.eval_interval_steps == 0)) evaluate();
+    profile_.end_step(step_, last);
   }
   result_.steps = step_;
   result_.train_seconds = seconds_since(start);
@@ -264,6 +272,7 @@ void Trainer::show_result() {
 
 void Trainer::step() {
   const auto start = Clock::now();
+  const metrics::TraceSpan span(track_, "step", "step", {"step", step_ + 1});
   batches_ = std::move(next_batches_);
   StepReport report = model_.compute(step_, step_count_, batches_);
   report.stop = stop_requested();
@@ -271,7 +280,10 @@ void Trainer::step() {
   report.count = prefetch();
   const int64_t bucket = replicas_ ? replicas_->bucket_of(step_) : 0;
   std::vector<uint64_t> digests = replicas_ ? replicas_->digests(bucket) : std::vector<uint64_t>();
-  report = exchange(world_, report, &digests);
+  {
+    const metrics::TraceSpan exchange_span(track_, "exchange", "step");
+    report = exchange(world_, report, &digests);
+  }
   if (replicas_) check_replicas(bucket, digests);
 
   const double loss = report.loss.value() / divisor;
@@ -340,6 +352,7 @@ void Trainer::skip_step(const StepReport& report, double loss) {
 }
 
 int64_t Trainer::prefetch() {
+  const metrics::TraceSpan span(track_, "data", "step");
   int64_t count = 0;
   if (step_ + 1 < options_.steps || next_batches_.empty()) {
     next_batches_ = loader_->next();
@@ -367,6 +380,7 @@ void Trainer::report_step(double loss, double grad_norm, double learning_rate, d
 
 void Trainer::evaluate() {
   if (!validation_) return;
+  const metrics::TraceSpan span(track_, "evaluate", "step");
   const data::EvaluationPass pass(validation_, options_.micro_batch_size, options_.eval_samples);
   const StepReport report =
       exchange(world_, model_.evaluate(pass.num_micro_batches(), [&](int64_t number) { return pass.get(number); }));
@@ -387,6 +401,7 @@ void Trainer::evaluate() {
 
 void Trainer::save() {
   if (saved_step_ == step_) return;
+  const metrics::TraceSpan span(track_, "checkpoint", "step");
   const checkpoint::Progress progress{
       .step = step_,
       .samples = step_ * options_.global_batch_size,
