@@ -92,6 +92,7 @@ StepReport ParallelModel::compute(int64_t step, int64_t divisor, const std::vect
   weight_ = static_cast<float>(1.0 / static_cast<double>(divisor));
   nn::begin_step();
   sync_->begin_step();
+  if (updated_ && !table_.units()[0].unit) updated_->require(0);
   if (is_pipelined()) {
     compute_in_stages(step, batches, report);
   } else if (sharded_reducer_) {
@@ -100,6 +101,7 @@ StepReport ParallelModel::compute(int64_t step, int64_t divisor, const std::vect
     compute_in_lanes(step, batches, report);
   }
   if (fully_sharded_) fully_sharded_->end_step();
+  if (updated_) updated_->finish();  // of units that no micro-batch here came to
   first_step_ = false;
   sync_->fold();
   join_tied();
@@ -232,6 +234,7 @@ StepReport ParallelModel::evaluate(int64_t count, const std::function<data::Batc
   const torch::NoGradGuard no_grad;
   for (const auto& model : models_) model->eval();
   nn::begin_step();
+  if (updated_) updated_->finish();
   StepReport report;
   const auto number_in = [&](int64_t round) { return round * ranks + mesh_.data().rank(); };
   if (is_pipelined()) {

@@ -16,8 +16,6 @@
 namespace lockstep::train {
 namespace {
 
-constexpr int64_t kGatherBytes = int64_t{25} << 20;  // parameters gathered together after an update
-
 void share_storage(const std::vector<at::Tensor>& from, const std::vector<at::Tensor>& to) {
   for (size_t i = 0; i < to.size(); ++i) to[i].set_data(from[i].detach());
 }
@@ -34,9 +32,11 @@ std::vector<metrics::TraceTrack> lane_tracks(metrics::Trace* trace, int lanes) {
 // What a unit's call means on this rank.
 class ParallelModel::Runner : public UnitRuntime {
  public:
-  Runner(FullySharded* sharded, Recompute recompute) : sharded_(sharded), recompute_(recompute) {}
+  Runner(ParallelModel& model, Recompute recompute)
+      : sharded_(model.fully_sharded_.get()), updated_(model.updated_), recompute_(recompute) {}
 
   at::Tensor call(size_t unit, const std::function<at::Tensor()>& body) override {
+    if (updated_) updated_->require(unit);
     if (!sharded_) return recompute(recompute_, body);
     sharded_->before_forward(unit);
     at::Tensor y = recompute(recompute_, body);  // run again in backward, while the unit is there for its gradients
@@ -47,6 +47,7 @@ class ParallelModel::Runner : public UnitRuntime {
 
  private:
   FullySharded* sharded_;
+  const std::unique_ptr<LateGather>& updated_;  // made after this
   Recompute recompute_;
 };
 
@@ -107,7 +108,7 @@ void ParallelModel::build() {
                                                     options_.runtime.collective_timeout, tracks_.gathers);
   }
   for (const auto& model : models_) {
-    runners_.push_back(std::make_unique<Runner>(fully_sharded_.get(), options_.recompute));
+    runners_.push_back(std::make_unique<Runner>(*this, options_.recompute));
     const auto units = find_units(*model);
     for (size_t number = 0; number < units.size(); ++number) {
       if (units[number].unit) units[number].unit->bind(runners_.back().get(), number);
@@ -199,14 +200,7 @@ void ParallelModel::build_optimizer() {
   optimizer_ = task_.make_optimizer(options_.weight_decay);
   const int shards = options_.num_shards(), shard = mesh_.data().rank() % shards;
   std::vector<optim::LocalParameter> parts;
-  std::vector<at::Tensor> together;
-  int64_t bytes = 0;
-  const auto close = [&] {
-    if (together.empty()) return;
-    ParameterGather gather(*shard_group_, together, options_.runtime.collective_timeout);
-    gathers_.push_back({std::exchange(together, {}), std::move(gather)});
-    bytes = 0;
-  };
+  std::vector<LateGather::Parameter> cut;
   for (size_t k = 0; k < table_.trainable().size(); ++k) {
     const size_t i = table_.trainable()[k];
     const ModelParameter& parameter = table_.locals()[i];
@@ -214,12 +208,11 @@ void ParallelModel::build_optimizer() {
     const bool is_cut = shards > 1 && !fully_sharded_;
     at::Tensor part = is_cut ? shard_of(parameter.tensor.detach(), shard, shards) : local_part(i);
     parts.push_back({parameter.own_name, part, sync_->grad(k), task_.decays(parameter.own_name, parameter.tensor)});
-    if (!is_cut) continue;
-    together.push_back(parameter.tensor.detach());
-    bytes += static_cast<int64_t>(parameter.tensor.nbytes());
-    if (bytes >= kGatherBytes) close();
+    if (is_cut) cut.push_back({parameter.unit, parameter.tensor.detach()});
   }
-  close();
+  if (!cut.empty())
+    updated_ = std::make_unique<LateGather>(*shard_group_, cut, table_.units().size(), options_.bucket_bytes,
+                                            options_.runtime.collective_timeout, tracks_.gathers);
   const nn::MemoryScope memory(nn::MemoryKind::kOptimizer);
   optimizer_->attach(std::move(parts));
 }
@@ -247,6 +240,7 @@ void ParallelModel::initialize(uint64_t seed) {
 }
 
 std::vector<checkpoint::StateTensor> ParallelModel::state() {
+  if (updated_) updated_->finish();
   const MeshShape& shape = mesh_.shape();
   const int world = mesh_.world().size(), per_stage = world / shape.pipeline, shards = options_.num_shards();
   // The box of a tensor on each rank: none on other stages, its shard's rows where it is sharded.
@@ -301,14 +295,10 @@ void ParallelModel::update(const optim::StepScalars& scalars) {
     const metrics::TraceSpan span(tracks_.optimizer, "optimizer", "step");
     lanes_.run([&](int lane) { optimizer_->step(scalars, lane, lanes_.size()); });
   }
-  for (size_t i = 0; i < gathers_.size(); ++i) {
-    const metrics::TraceSpan span(tracks_.gathers, "launch parameter gather", "collective", {"bucket", static_cast<int64_t>(i)});
-    gathers_[i].gather.start_from(gathers_[i].parameters);
-  }
-  for (size_t i = 0; i < gathers_.size(); ++i) {
-    const metrics::TraceSpan span(tracks_.gathers, "wait for parameters", "collective",
-                                  {"bucket", static_cast<int64_t>(i)});
-    gathers_[i].gather.finish(gathers_[i].parameters, /*skip_own=*/true);
+  if (updated_) {
+    updated_->start();
+    // Layers of a stack read no parameters but their own; any other model may, before the unit they are in is called.
+    if (!dynamic_cast<LayerStack*>(models_[0].get())) updated_->finish();
   }
   loaded();
 }
@@ -324,6 +314,7 @@ std::string ParallelModel::name_of_non_finite_gradient() const {
 }
 
 std::shared_ptr<torch::nn::Module> ParallelModel::whole() const {
+  if (updated_) updated_->finish();
   return fully_sharded_ || mesh_.shape().pipeline > 1 ? nullptr : models_[0];
 }
 

@@ -14,8 +14,8 @@
 #include <lockstep/optim/optimizer.h>
 #include <lockstep/sharding/fully_sharded.h>
 #include <lockstep/sharding/gradient_sync.h>
+#include <lockstep/sharding/late_gather.h>
 #include <lockstep/sharding/layer_stack.h>
-#include <lockstep/sharding/parameter_gather.h>
 #include <lockstep/sharding/pipeline_runner.h>
 #include <lockstep/sharding/recompute.h>
 #include <lockstep/sharding/sharded_reducer.h>
@@ -112,11 +112,7 @@ class ParallelModel {
   std::unique_ptr<FullySharded> fully_sharded_;
   std::unique_ptr<GradientSync> sync_;
   ShardedReducer* sharded_reducer_ = nullptr;  // sync_, where gradients leave after each micro-batch
-  struct Gather {
-    std::vector<at::Tensor> parameters;
-    ParameterGather gather;
-  };
-  std::vector<Gather> gathers_;
+  std::unique_ptr<LateGather> updated_;        // where parameters are whole here and each rank updates its rows
   std::unique_ptr<optim::Optimizer> optimizer_;
   std::unique_ptr<PipelineRunner> runner_;
   PipelineSchedule schedule_;  // of the last step

@@ -26,7 +26,8 @@ class LateGather {
     size_t unit;
     at::Tensor tensor;
   };
-  /// @param parameters in the order of forward; neighbours travel together, whole units up to `bucket_bytes`.
+  /// @param parameters in the order of forward; neighbours travel together up to `bucket_bytes`, the first
+  /// ones in less, since forward waits for them.
   LateGather(ProcessGroup& group, const std::vector<Parameter>& parameters, size_t num_units, int64_t bucket_bytes,
              Milliseconds timeout, metrics::TraceTrack track = {});
 
