@@ -60,8 +60,9 @@ struct FullySharded::State {
   Phase phase = Phase::kFreed;
 };
 
-FullySharded::FullySharded(ProcessGroup& group, std::vector<ShardedUnit> units, Milliseconds timeout)
-    : group_(group), timeout_(timeout) {
+FullySharded::FullySharded(ProcessGroup& group, std::vector<ShardedUnit> units, Milliseconds timeout,
+                           metrics::TraceTrack track)
+    : group_(group), timeout_(timeout), track_(track) {
   for (auto& unit : units) {
     LOCKSTEP_CHECK(!unit.parameters.empty()) << "unit " << unit.name << " has no parameters";
     units_.push_back(std::make_unique<State>(group, std::move(unit), timeout));
@@ -76,6 +77,7 @@ FullySharded::~FullySharded() = default;
 const at::Tensor& FullySharded::shard(size_t unit, size_t parameter) const { return units_[unit]->shards[parameter]; }
 
 void FullySharded::start(size_t unit) {
+  const metrics::TraceSpan span(track_, "launch parameter gather", "collective", {"unit", static_cast<int64_t>(unit)});
   State& state = *units_[unit];
   state.gather.start_from_shard(state.flat_shard);
   state.phase = State::Phase::kFetching;
@@ -85,7 +87,13 @@ void FullySharded::start(size_t unit) {
 void FullySharded::require(size_t unit) {
   State& state = *units_[unit];
   if (state.phase == State::Phase::kFreed) start(unit);
-  if (state.phase == State::Phase::kWhole) return;
+  if (state.phase == State::Phase::kFetching) finish(unit);
+}
+
+void FullySharded::finish(size_t unit) {
+  State& state = *units_[unit];
+  const metrics::TraceSpan span(track_, "wait for parameters", "collective", {"unit", static_cast<int64_t>(unit)},
+                                {"bytes", state.bytes});
   state.resize(state.bytes);
   state.gather.finish(state.views, /*skip_own=*/false);
   state.phase = State::Phase::kWhole;
@@ -94,10 +102,7 @@ void FullySharded::require(size_t unit) {
 void FullySharded::free(size_t unit) {
   State& state = *units_[unit];
   if (state.phase == State::Phase::kFreed) return;
-  if (state.phase == State::Phase::kFetching) {  // nobody came for it
-    state.resize(state.bytes);
-    state.gather.finish(state.views, /*skip_own=*/false);
-  }
+  if (state.phase == State::Phase::kFetching) finish(unit);  // nobody came for it
   state.resize(0);
   state.phase = State::Phase::kFreed;
   if (!state.unit.stays) --alive_;

@@ -39,7 +39,9 @@ std::vector<std::vector<int64_t>> shapes_of(const std::vector<size_t>& indices,
 }  // namespace
 
 struct GradientReducer::Bucket {
-  Bucket(std::vector<size_t> members, BucketLayout how) : parameters(std::move(members)), layout(std::move(how)) {}
+  Bucket(size_t number, std::vector<size_t> members, BucketLayout how)
+      : number(static_cast<int64_t>(number)), parameters(std::move(members)), layout(std::move(how)) {}
+  int64_t number;
   std::vector<size_t> parameters;
   BucketLayout layout;
   std::vector<at::Tensor> roots;  // this rank's sums, one flat tensor for each of root_blocks_
@@ -108,8 +110,8 @@ void GradientReducer::build_buckets() {
       slots_[members[k]]->in_bucket = k;
     }
     const auto shapes = shapes_of(members, parameters_);
-    buckets_.push_back(
-        std::make_unique<Bucket>(std::move(members), BucketLayout(shapes, options_.num_shards, num_replicas())));
+    buckets_.push_back(std::make_unique<Bucket>(buckets_.size(), std::move(members),
+                                                BucketLayout(shapes, options_.num_shards, num_replicas())));
     allocate(*buckets_.back());
   }
 }
@@ -203,8 +205,13 @@ void GradientReducer::launch_ready_buckets(size_t bucket_number) {
   }
 }
 
+metrics::TraceSpan GradientReducer::span(const char* name, const Bucket& bucket) const {
+  return {options_.track, name, "collective", {"bucket", bucket.number}, {"bytes", bucket.layout.numel() * 4}};
+}
+
 void GradientReducer::reduce_bucket(Bucket& bucket) {
   const nn::MemoryScope memory(nn::MemoryKind::kScratch);
+  const auto launch = span("launch reduction", bucket);
   if (options_.reduction == Reduction::kOrdered) {
     bucket.reduction.emplace(group_, options_.num_leaves, bucket.roots, bucket.layout.pieces(), bucket.piece.options(),
                              options_.timeout);
@@ -226,9 +233,11 @@ void GradientReducer::fold() {
     if (group_.size() == 1) {
       fold_roots(root_blocks_, bucket->roots);  // in place: roots[0] is the gradient
     } else if (bucket->reduction) {
+      const auto wait = span("wait for reduction", *bucket);
       bucket->reduction->finish(bucket->piece);
       bucket->reduction.reset();
     } else {
+      const auto wait = span("wait for reduction", *bucket);
       bucket->work.wait();
       const Piece own = bucket->layout.pieces()[group_.rank()];
       const at::Tensor sum = std::exchange(bucket->fast_sum, at::Tensor()).narrow(0, own.offset, own.numel);
@@ -277,6 +286,7 @@ bool GradientReducer::wants_gather(const Bucket& bucket) const {
 }
 
 void GradientReducer::gather(Bucket& bucket) {
+  const auto launch = span("launch gradient gather", bucket);
   std::vector<int64_t> counts;
   for (const Piece& piece : bucket.layout.pieces_of_shard(shard())) counts.push_back(piece.numel);
   ProcessGroup& replicas = split_replicas_ ? *split_replicas_ : group_;
@@ -284,7 +294,11 @@ void GradientReducer::gather(Bucket& bucket) {
 }
 
 void GradientReducer::wait() {
-  for (auto& bucket : buckets_) bucket->work.wait();
+  for (auto& bucket : buckets_) {
+    if (!wants_gather(*bucket)) continue;
+    const auto wait = span("wait for gradient gather", *bucket);
+    bucket->work.wait();
+  }
 }
 
 }  // namespace lockstep

@@ -156,9 +156,15 @@ void ShardedReducer::launch_ready_buckets(Part& part) {  // in one order on ever
     launch(part.buckets[part.next], part.round);
 }
 
+metrics::TraceSpan ShardedReducer::span(const char* name, size_t bucket) const {
+  const auto number = static_cast<int64_t>(bucket);
+  return {options_.track, name, "collective", {"bucket", number}, {"bytes", buckets_[bucket]->layout.numel() * 4}};
+}
+
 void ShardedReducer::launch(size_t number, int64_t round) {
   Bucket& bucket = *buckets_[number];
   while (flights_.size() >= kMaxFlights) land();
+  const auto launch = span("launch reduction", number);
   const auto& pieces = bucket.layout.pieces();
   const int have = participants(round), rank = group_.rank();
   const bool has_leaf = rank < have;
@@ -178,7 +184,10 @@ void ShardedReducer::launch(size_t number, int64_t round) {
 void ShardedReducer::land() {
   Flight flight = std::move(flights_.front());
   flights_.pop_front();
-  flight.work.wait();
+  {
+    const auto wait = span("wait for reduction", flight.bucket);
+    flight.work.wait();
+  }
   flight.buffer.reset();
   push_round(*buckets_[flight.bucket], flight.round, std::move(flight.received));
 }
@@ -265,12 +274,14 @@ ExactSum ShardedReducer::publish() {
     add_into(first.mutable_data_ptr<float>(), second.const_data_ptr<float>(), first.numel());
   }
   ExactSum squares;
-  for (auto& bucket : buckets_) {
+  for (size_t number = 0; number < buckets_.size(); ++number) {
+    Bucket* bucket = buckets_[number].get();
     const NamedParameter& parameter = parameters_[bucket->parameters[0]];
     if (parameter.first_use >= 0) continue;
     if (parameter.is_counted)
       squares.add_squares({bucket->piece.const_data_ptr<float>(), static_cast<size_t>(bucket->piece.numel())});
     if (num_replicas() == 1) continue;
+    const auto launch = span("launch gradient gather", number);
     std::vector<int64_t> counts;
     for (const Piece& piece : bucket->layout.pieces_of_shard(shard())) counts.push_back(piece.numel);
     ProcessGroup& replicas = split_replicas_ ? *split_replicas_ : group_;
@@ -280,7 +291,11 @@ ExactSum ShardedReducer::publish() {
 }
 
 void ShardedReducer::wait() {
-  for (auto& bucket : buckets_) bucket->work.wait();
+  if (num_replicas() == 1) return;
+  for (size_t number = 0; number < buckets_.size(); ++number) {
+    const auto wait = span("wait for gradient gather", number);
+    buckets_[number]->work.wait();
+  }
 }
 
 }  // namespace lockstep

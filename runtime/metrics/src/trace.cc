@@ -94,12 +94,7 @@ std::string Trace::take_bytes(int64_t clock_offset_ns) {
 }
 
 void TraceSpan::end() {
-  const int64_t duration = trace_->now_ns() - begin_ns_;
-  if (arg_.name) {
-    trace_->record(track_, name_, category_, begin_ns_, duration, {arg_});
-  } else {
-    trace_->record(track_, name_, category_, begin_ns_, duration);
-  }
+  trace_->record(track_, name_, category_, begin_ns_, trace_->now_ns() - begin_ns_, {args_[0], args_[1]});
 }
 
 int64_t clock_offset_ns(std::span<const ClockExchange> exchanges) {

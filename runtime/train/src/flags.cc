@@ -60,6 +60,12 @@ DEFINE_bool(take_over, false, "take the run directory from a start that still lo
 DEFINE_int64(eval_interval_steps, 250, "steps between evaluations; 0: only after the last step");
 DEFINE_int64(eval_samples, -1, "validation samples an evaluation; -1: all");
 DEFINE_int64(log_interval_steps, 10, "steps between lines where stderr is no terminal");
+DEFINE_string(profile_steps, "",
+              "A:B: writes what every rank does in steps A to B, counted as in metrics.jsonl, to "
+              "RUN_DIR/traces/step-A-B.json (chrome://tracing, Perfetto); empty: nothing");
+DEFINE_int64(replica_check_interval_steps, 100,
+             "steps in which everything that several ranks hold is compared once, a part in each step; a rank that "
+             "differs ends the run with exit code 79. 0: off. Needs --reduction=ordered");
 DEFINE_double(collective_timeout_s, 300, "seconds a collective may take before the run gives up");
 
 namespace lockstep::train {
@@ -133,6 +139,8 @@ Options options_from_flags() {
   options.eval_interval_steps = FLAGS_eval_interval_steps;
   options.eval_samples = FLAGS_eval_samples;
   options.log_interval_steps = FLAGS_log_interval_steps;
+  options.profile_steps = FLAGS_profile_steps;
+  options.replica_check_interval_steps = FLAGS_replica_check_interval_steps;
   return options;
 }
 

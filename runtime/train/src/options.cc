@@ -5,6 +5,8 @@
 #include <lockstep/base/error.h>
 #include <lockstep/train/options.h>
 
+#include "profile.h"
+
 namespace lockstep::train {
 namespace {
 
@@ -69,6 +71,10 @@ Options resolve(Options options, int world_size) {
           "--precision=" + options.precision + " is neither fp32 nor bf16");
   require(options.reduction == "ordered" || options.reduction == "fast",
           "--reduction=" + options.reduction + " is neither ordered nor fast");
+  require(options.replica_check_interval_steps >= 0,
+          "--replica_check_interval_steps=" + num(options.replica_check_interval_steps) + " must not be negative");
+  require(parse_steps(options.profile_steps).last <= options.steps,
+          "--profile_steps=" + options.profile_steps + " ends after --steps=" + num(options.steps));
   require(!options.run_dir.empty(), "--run_dir is empty: name the folder this run lives in");
   if (options.micro_batch_size == 0) {
     options.micro_batch_size = std::max<int64_t>(1, options.global_batch_size / 8);

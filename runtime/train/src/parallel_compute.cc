@@ -48,6 +48,38 @@ at::Tensor run_chunk(LayerStack& stack, int chunk, const at::Tensor& input, cons
   return output.defined() ? output : at::zeros({0});
 }
 
+const char* name_of(ActionKind kind) {
+  switch (kind) {
+    case ActionKind::kForward:
+      return "forward";
+    case ActionKind::kBackward:
+      return "backward";
+    case ActionKind::kSendForward:
+      return "send forward";
+    case ActionKind::kSendBackward:
+      return "send backward";
+    case ActionKind::kRecvForward:
+      return "receive forward";
+    default:
+      return "receive backward";
+  }
+}
+
+// Actions do not overlap: one of them is under way at a time.
+decltype(PipelineCallbacks::observe) recorder_of_actions(const metrics::TraceTrack& track) {
+  if (!track.on()) return nullptr;
+  return [track, begin_ns = int64_t{0}](const PipelineAction& action, PipelineCallbacks::Moment moment) mutable {
+    metrics::Trace* trace = track.on();
+    if (!trace) return;
+    if (moment == PipelineCallbacks::Moment::kBegin) {
+      begin_ns = trace->now_ns();
+    } else {
+      trace->record(track.number(), name_of(action.kind), "pipeline", begin_ns, trace->now_ns() - begin_ns,
+                    {{"micro_batch", action.micro_batch}, {"chunk", action.chunk}});
+    }
+  };
+}
+
 }  // namespace
 
 // What holds while a micro-batch computes.
@@ -69,6 +101,7 @@ StepReport ParallelModel::compute(int64_t step, int64_t divisor, const std::vect
   nn::begin_step();
   sync_->begin_step();
   if (expert_sync_) expert_sync_->begin_step();
+  if (updated_ && !table_.units()[0].unit) updated_->require(0);
   if (is_pipelined()) {
     compute_in_stages(step, batches, report);
   } else if (sharded_reducer_) {
@@ -77,6 +110,7 @@ StepReport ParallelModel::compute(int64_t step, int64_t divisor, const std::vect
     compute_in_lanes(step, batches, report);
   }
   if (fully_sharded_) fully_sharded_->end_step();
+  if (updated_) updated_->finish();  // of units that no micro-batch here came to
   first_step_ = false;
   sync_->fold();
   if (expert_sync_) expert_sync_->fold();
@@ -122,11 +156,13 @@ LossSum ParallelModel::compute_leaf(int lane, int64_t step, int64_t leaf, const 
   const auto versions = first_step_ ? buffer_versions(model) : std::vector<uint32_t>();
   LossSum loss;
   {
+    const metrics::TraceSpan span(tracks_.lanes[lane], "forward", "compute", {"micro_batch", leaf});
     const Scope scope(*this, step, leaf);
     loss = task_.loss(model, batch);
   }
   if (first_step_) refuse_written_buffers(model, versions);
   // The loss is a sum; its gradient carries the divisor, the same on every rank.
+  const metrics::TraceSpan span(tracks_.lanes[lane], "backward", "compute", {"micro_batch", leaf});
   torch::autograd::backward({loss.sum}, {loss_gradient(loss.sum)});
   end_leaf(lane);
   return {loss.sum.detach(), loss.correct.defined() ? loss.correct.detach() : at::Tensor()};
@@ -188,6 +224,7 @@ void ParallelModel::compute_in_stages(int64_t step, const std::vector<data::Batc
     if (micro_batch < present) end_leaf(chunk);
     if (fully_sharded_) fully_sharded_->end();
   };
+  callbacks.observe = recorder_of_actions(tracks_.lanes[0]);
   const auto losses = runner_->run(schedule(micro_batches), callbacks);
   for (size_t i = 0; i < std::min(losses.size(), leaves.size()) && tells_loss(); ++i)
     report.loss.add(losses[i].item<float>());
@@ -260,6 +297,7 @@ StepReport ParallelModel::evaluate(int64_t count, const std::function<data::Batc
   const torch::NoGradGuard no_grad;
   for (const auto& model : models_) model->eval();
   nn::begin_step();
+  if (updated_) updated_->finish();
   StepReport report;
   const auto number_in = [&](int64_t round) { return round * ranks + mesh_.data().rank(); };
   if (is_pipelined()) {

@@ -17,8 +17,6 @@
 namespace lockstep::train {
 namespace {
 
-constexpr int64_t kGatherBytes = int64_t{25} << 20;  // parameters gathered together after an update
-
 void share_storage(const std::vector<at::Tensor>& from, const std::vector<at::Tensor>& to) {
   for (size_t i = 0; i < to.size(); ++i) to[i].set_data(from[i].detach());
 }
@@ -28,14 +26,23 @@ int partial_kind(const ParameterPlacement& placement) {
   return !placement.is_partial ? 0 : placement.tensor_dim < 0 || placement.is_of_experts() ? 1 : 2;
 }
 
+std::vector<metrics::TraceTrack> lane_tracks(metrics::Trace* trace, int lanes) {
+  std::vector<metrics::TraceTrack> tracks;
+  for (int lane = 0; lane < lanes; ++lane)
+    tracks.emplace_back(trace, lane == 0 ? "compute" : "compute, lane " + std::to_string(lane));
+  return tracks;
+}
+
 }  // namespace
 
 // What a unit's call means on this rank.
 class ParallelModel::Runner : public UnitRuntime {
  public:
-  Runner(FullySharded* sharded, Recompute recompute) : sharded_(sharded), recompute_(recompute) {}
+  Runner(ParallelModel& model, Recompute recompute)
+      : sharded_(model.fully_sharded_.get()), updated_(model.updated_), recompute_(recompute) {}
 
   at::Tensor call(size_t unit, const std::function<at::Tensor()>& body) override {
+    if (updated_) updated_->require(unit);
     if (!sharded_) return recompute(recompute_, body);
     sharded_->before_forward(unit);
     at::Tensor y = recompute(recompute_, body);  // run again in backward, while the unit is there for its gradients
@@ -46,10 +53,12 @@ class ParallelModel::Runner : public UnitRuntime {
 
  private:
   FullySharded* sharded_;
+  const std::unique_ptr<LateGather>& updated_;  // made after this
   Recompute recompute_;
 };
 
-ParallelModel::ParallelModel(const Mesh& mesh, at::Device device, Task& task, const Options& options, LanePool& lanes)
+ParallelModel::ParallelModel(const Mesh& mesh, at::Device device, Task& task, const Options& options, LanePool& lanes,
+                             metrics::Trace* trace)
     : mesh_(mesh),
       device_(device),
       task_(task),
@@ -57,7 +66,11 @@ ParallelModel::ParallelModel(const Mesh& mesh, at::Device device, Task& task, co
       lanes_(lanes),
       parallel_{{&mesh.tensor(), options.sequence_parallel, options.runtime.collective_timeout},
                 {&mesh.context(), options.runtime.collective_timeout},
-                {mesh.experts(), options.runtime.collective_timeout}} {
+                {mesh.experts(), options.runtime.collective_timeout}},
+      tracks_{lane_tracks(trace, lanes.size()),
+              {trace, "gradient collectives"},
+              {trace, "parameter gathers"},
+              {trace, "optimizer"}} {
   build();
   build_sync();
   build_optimizer();
@@ -108,11 +121,11 @@ void ParallelModel::build() {
     for (const ModelParameter& parameter : table_.locals())
       units[parameter.unit].parameters.push_back(parameter.tensor);
     gather_group_ = mesh_.data().split(rank / shards, rank, "gather");
-    fully_sharded_ =
-        std::make_unique<FullySharded>(*gather_group_, std::move(units), options_.runtime.collective_timeout);
+    fully_sharded_ = std::make_unique<FullySharded>(*gather_group_, std::move(units),
+                                                    options_.runtime.collective_timeout, tracks_.gathers);
   }
   for (const auto& model : models_) {
-    runners_.push_back(std::make_unique<Runner>(fully_sharded_.get(), options_.recompute));
+    runners_.push_back(std::make_unique<Runner>(*this, options_.recompute));
     const auto units = find_units(*model);
     for (size_t number = 0; number < units.size(); ++number) {
       if (units[number].unit) units[number].unit->bind(runners_.back().get(), number);
@@ -170,7 +183,8 @@ void ParallelModel::build_sync() {
                                                                      if (fully_sharded_)
                                                                        fully_sharded_->after_backward(unit);
                                                                    },
-                                                               .timeout = options_.runtime.collective_timeout});
+                                                               .timeout = options_.runtime.collective_timeout,
+                                                               .track = tracks_.collectives});
     sharded_reducer_ = reducer.get();
     sync_ = std::move(reducer);
   } else {
@@ -181,7 +195,8 @@ void ParallelModel::build_sync() {
                                  .num_shards = num_shards,
                                  .bucket_bytes = options_.bucket_bytes,
                                  .reduction = options_.reduction == "fast" ? Reduction::kFast : Reduction::kOrdered,
-                                 .timeout = options_.runtime.collective_timeout});
+                                 .timeout = options_.runtime.collective_timeout,
+                                 .track = tracks_.collectives});
     };
     sync_ = reducer(mesh_.data(), std::move(dense), options_.num_shards());
     // The leaves of a rank's expert group are neighbours: the share of one rank among as many as there are groups.
@@ -239,17 +254,9 @@ at::Tensor ParallelModel::local_part(size_t i) const {
 void ParallelModel::build_optimizer() {
   optimizer_ = task_.make_optimizer(options_.weight_decay);
   std::vector<optim::LocalParameter> parts;
-  std::vector<at::Tensor> together;
-  int64_t bytes = 0;
-  const auto close = [&](ProcessGroup* group) {
-    if (together.empty()) return;
-    ParameterGather gather(*group, together, options_.runtime.collective_timeout);
-    gathers_.push_back({std::exchange(together, {}), std::move(gather)});
-    bytes = 0;
-  };
   for (const bool of_experts : {false, true}) {
     const auto [shards, shard] = sharding(of_experts, mesh_.data().rank());
-    ProcessGroup* const group = (of_experts ? expert_shard_group_ : shard_group_).get();
+    std::vector<LateGather::Parameter> cut;
     for (size_t k = 0; k < table_.trainable().size(); ++k) {
       const size_t i = table_.trainable()[k];
       const ModelParameter& parameter = table_.locals()[i];
@@ -257,12 +264,12 @@ void ParallelModel::build_optimizer() {
       const bool is_cut = shards > 1 && !fully_sharded_;
       at::Tensor part = is_cut ? shard_of(parameter.tensor.detach(), shard, shards) : local_part(i);
       parts.push_back({parameter.own_name, part, grad(k), task_.decays(parameter.own_name, parameter.tensor)});
-      if (!is_cut) continue;
-      together.push_back(parameter.tensor.detach());
-      bytes += static_cast<int64_t>(parameter.tensor.nbytes());
-      if (bytes >= kGatherBytes) close(group);
+      if (is_cut) cut.push_back({parameter.unit, parameter.tensor.detach()});
     }
-    close(group);
+    if (cut.empty()) continue;
+    (of_experts ? updated_experts_ : updated_) =
+        std::make_unique<LateGather>(of_experts ? *expert_shard_group_ : *shard_group_, cut, table_.units().size(),
+                                     options_.bucket_bytes, options_.runtime.collective_timeout, tracks_.gathers);
   }
   const nn::MemoryScope memory(nn::MemoryKind::kOptimizer);
   optimizer_->attach(std::move(parts));
@@ -293,6 +300,7 @@ void ParallelModel::initialize(uint64_t seed) {
 }
 
 std::vector<checkpoint::StateTensor> ParallelModel::state() {
+  if (updated_) updated_->finish();
   const MeshShape& shape = mesh_.shape();
   const int world = mesh_.world().size(), per_stage = world / shape.pipeline;
   // The box of a tensor on each rank: none on other stages, its shard's rows where it is sharded.
@@ -350,9 +358,17 @@ void ParallelModel::loaded() {
 
 void ParallelModel::update(const optim::StepScalars& scalars) {
   wait_for_gradients();
-  lanes_.run([&](int lane) { optimizer_->step(scalars, lane, lanes_.size()); });
-  for (Gather& gather : gathers_) gather.gather.start_from(gather.parameters);
-  for (Gather& gather : gathers_) gather.gather.finish(gather.parameters, /*skip_own=*/true);
+  {
+    const metrics::TraceSpan span(tracks_.optimizer, "optimizer", "step");
+    lanes_.run([&](int lane) { optimizer_->step(scalars, lane, lanes_.size()); });
+  }
+  if (updated_experts_) updated_experts_->start();
+  if (updated_experts_) updated_experts_->finish();
+  if (updated_) {
+    updated_->start();
+    // Layers of a stack read no parameters but their own; any other model may, before the unit they are in is called.
+    if (!dynamic_cast<LayerStack*>(models_[0].get())) updated_->finish();
+  }
   loaded();
 }
 
@@ -371,6 +387,7 @@ std::string ParallelModel::name_of_non_finite_gradient() const {
 }
 
 std::shared_ptr<torch::nn::Module> ParallelModel::whole() const {
+  if (updated_) updated_->finish();
   return fully_sharded_ || is_pipelined() || parallel_.is_parallel() ? nullptr : models_[0];
 }
 

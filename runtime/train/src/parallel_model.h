@@ -10,11 +10,12 @@
 #include <lockstep/checkpoint/checkpoint.h>
 #include <lockstep/collectives/mesh.h>
 #include <lockstep/data/dataset.h>
+#include <lockstep/metrics/trace.h>
 #include <lockstep/optim/optimizer.h>
 #include <lockstep/sharding/fully_sharded.h>
 #include <lockstep/sharding/gradient_sync.h>
+#include <lockstep/sharding/late_gather.h>
 #include <lockstep/sharding/layer_stack.h>
-#include <lockstep/sharding/parameter_gather.h>
 #include <lockstep/sharding/pipeline_runner.h>
 #include <lockstep/sharding/recompute.h>
 #include <lockstep/sharding/sharded_reducer.h>
@@ -33,7 +34,9 @@ namespace lockstep::train {
 /// Collective: all ranks of the world make the same calls. Threads: one, which is lane 0 of `lanes`.
 class ParallelModel {
  public:
-  ParallelModel(const Mesh& mesh, at::Device device, Task& task, const Options& options, LanePool& lanes);
+  /// @param trace told what lanes, collectives and the optimizer do when; null: nobody.
+  ParallelModel(const Mesh& mesh, at::Device device, Task& task, const Options& options, LanePool& lanes,
+                metrics::Trace* trace);
   ~ParallelModel();
   ParallelModel(const ParallelModel&) = delete;
   ParallelModel& operator=(const ParallelModel&) = delete;
@@ -107,6 +110,11 @@ class ParallelModel {
   const Options& options_;
   LanePool& lanes_;
   ModelParallel parallel_;
+  struct Tracks {
+    std::vector<metrics::TraceTrack> lanes;
+    metrics::TraceTrack collectives, gathers, optimizer;
+  };
+  const Tracks tracks_;
 
   std::vector<std::shared_ptr<torch::nn::Module>> models_;  // by lane; parameters share lane 0's storage
   std::vector<std::unique_ptr<Runner>> runners_;            // by lane
@@ -121,11 +129,8 @@ class ParallelModel {
     size_t index;
   };
   std::vector<Place> places_;  // of trainable parameters
-  struct Gather {
-    std::vector<at::Tensor> parameters;
-    ParameterGather gather;
-  };
-  std::vector<Gather> gathers_;
+  // Where parameters are whole here and each rank updates its rows.
+  std::unique_ptr<LateGather> updated_, updated_experts_;
   std::unique_ptr<optim::Optimizer> optimizer_;
   std::unique_ptr<PipelineRunner> runner_;
   PipelineSchedule schedule_;  // of the last step

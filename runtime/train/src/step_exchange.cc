@@ -8,14 +8,23 @@ namespace lockstep::train {
 
 static_assert(std::is_trivially_copyable_v<StepReport>, "its bytes travel");
 
-StepReport exchange(ProcessGroup& group, const StepReport& mine) {
+StepReport exchange(ProcessGroup& group, const StepReport& mine, std::vector<uint64_t>* digests) {
   if (group.size() == 1) return mine;
-  const std::string all = all_gather_bytes(group, std::as_bytes(std::span(&mine, 1)));
+  const size_t digest_bytes = digests ? digests->size() * sizeof(uint64_t) : 0;
+  std::vector<std::byte> message(sizeof(StepReport) + digest_bytes);
+  std::memcpy(message.data(), &mine, sizeof(StepReport));
+  if (digest_bytes > 0) std::memcpy(message.data() + sizeof(StepReport), digests->data(), digest_bytes);
+  const std::string all = all_gather_bytes(group, message);
+
   StepReport merged;
+  if (digests) digests->resize(group.size() * digest_bytes / sizeof(uint64_t));
   for (int rank = 0; rank < group.size(); ++rank) {
+    const char* theirs = all.data() + rank * message.size();
     StepReport report;
-    std::memcpy(&report, all.data() + rank * sizeof(StepReport), sizeof(StepReport));
+    std::memcpy(&report, theirs, sizeof(StepReport));
     merged.merge(report);
+    if (digest_bytes > 0)
+      std::memcpy(digests->data() + rank * digest_bytes / sizeof(uint64_t), theirs + sizeof(StepReport), digest_bytes);
   }
   return merged;
 }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include <lockstep/base/exact_sum.h>
 #include <lockstep/collectives/process_group.h>
@@ -27,6 +28,7 @@ struct StepReport {
 };
 
 /// All ranks' reports merged: equal to the bit on every rank and for any number of ranks.
-StepReport exchange(ProcessGroup& group, const StepReport& mine);
+/// @param digests  travel in the same message: in this rank's, as many on every rank; out everybody's, in rank order.
+StepReport exchange(ProcessGroup& group, const StepReport& mine, std::vector<uint64_t>* digests = nullptr);
 
 }  // namespace lockstep::train

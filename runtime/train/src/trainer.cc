@@ -22,6 +22,8 @@
 #include "heartbeat.h"
 #include "lanes.h"
 #include "parallel_model.h"
+#include "profile.h"
+#include "replica_watch.h"
 #include "run_directory.h"
 #include "step_exchange.h"
 #include "whole_model.h"
@@ -86,7 +88,10 @@ class Trainer {
         fs_(fs),
         mesh_(world, options_.mesh),
         lanes_(num_lanes(), [threads = options_.threads_per_rank] { configure_arithmetic(threads); }),
-        model_(mesh_, device, task, options_, lanes_) {
+        profile_(world, device, fs, options_.run_dir + "/traces", parse_steps(options_.profile_steps),
+                 options_.runtime.collective_timeout),
+        track_(profile_.track("step")),
+        model_(mesh_, device, task, options_, lanes_, &profile_.trace()) {
     build_data();
     open_run();
   }
@@ -98,11 +103,14 @@ class Trainer {
   int num_lanes();
   void build_data();
   void open_run();
+  void watch_replicas();
   void resume();
 
   // The step, top to bottom.
   void step();
   void skip_step(const StepReport& report, double loss);
+  void check_replicas(int64_t bucket, std::span<const uint64_t> digests);
+  void check_all_replicas();
   void report_step(double loss, double grad_norm, double learning_rate, double accuracy, double step_s);
   int64_t prefetch();
 
@@ -121,12 +129,15 @@ class Trainer {
   Mesh mesh_;
   LanePool lanes_;
 
+  Profile profile_;
+  metrics::TraceTrack track_;
   ParallelModel model_;
   std::shared_ptr<const data::Dataset> training_, validation_;
   std::unique_ptr<data::TrainingLoader> loader_;
   std::unique_ptr<checkpoint::Store> store_;
   std::unique_ptr<metrics::Ledger> ledger_;
   std::unique_ptr<Watch> watch_;
+  std::optional<ReplicaWatch> replicas_;  // where something has a replica
   std::unique_ptr<Heartbeat> heartbeat_;
   std::string config_;
   uint64_t epoch_ = 0;  // fencing: of this start
@@ -174,6 +185,7 @@ void Trainer::open_run() {
                                                                    .epoch = epoch_,
                                                                    .timeout = options_.runtime.collective_timeout});
   resume();
+  watch_replicas();
   loader_ = std::make_unique<data::TrainingLoader>(training_,
                                                    data::LoaderOptions{.seed = options_.seed,
                                                                        .micro_batch_size = options_.micro_batch_size,
@@ -202,6 +214,12 @@ void Trainer::open_run() {
             << options_.num_leaves() << " micro-batches of " << options_.micro_batch_size << " a step, "
             << lanes_.size() << " at once on this rank, " << options_.precision << ", run directory "
             << options_.run_dir;
+}
+
+void Trainer::watch_replicas() {
+  if (options_.replica_check_interval_steps == 0 || options_.reduction != "ordered") return;
+  replicas_.emplace(model_.state(), world_.rank(), options_.replica_check_interval_steps);
+  if (replicas_->num_digests() == 0) replicas_.reset();
 }
 
 void Trainer::resume() {
@@ -245,10 +263,12 @@ Result Trainer::run() {
   first.count = prefetch();
   step_count_ = exchange(world_, first).count;
   while (step_ < options_.steps) {
+    profile_.begin_step(step_);
     step();
     const bool last = step_ == options_.steps;
     if (last || (options_.checkpoint_interval_steps > 0 && step_ % options_.checkpoint_interval_steps == 0)) save();
     if (last || (options_.eval_interval_steps > 0 && step_ % options_.eval_interval_steps == 0)) evaluate();
+    profile_.end_step(step_, last);
   }
   result_.steps = step_;
   result_.train_seconds = seconds_since(start);
@@ -279,12 +299,19 @@ void Trainer::show_result() {
 
 void Trainer::step() {
   const auto start = Clock::now();
+  const metrics::TraceSpan span(track_, "step", "step", {"step", step_ + 1});
   batches_ = std::move(next_batches_);
   StepReport report = model_.compute(step_, step_count_, batches_);
   report.stop = stop_requested();
   const double divisor = static_cast<double>(step_count_);
   report.count = prefetch();
-  report = exchange(world_, report);
+  const int64_t bucket = replicas_ ? replicas_->bucket_of(step_) : 0;
+  std::vector<uint64_t> digests = replicas_ ? replicas_->digests(bucket) : std::vector<uint64_t>();
+  {
+    const metrics::TraceSpan exchange_span(track_, "exchange", "step");
+    report = exchange(world_, report, &digests);
+  }
+  if (replicas_) check_replicas(bucket, digests);
 
   const double loss = report.loss.value() / divisor;
   if (report.squares.has_non_finite() || report.loss.has_non_finite()) {
@@ -306,13 +333,43 @@ void Trainer::step() {
   stop_if_asked(report.stop != 0);
 }
 
+// Every rank has the same digests, so all find the same fault; the ledger has it before the first of them goes.
+void Trainer::check_replicas(int64_t bucket, std::span<const uint64_t> digests) {
+  const auto fault = replicas_->find_fault(bucket, digests);
+  if (!fault) return;
+  const auto [message, record] = replicas_->explain(*fault, step_, world_);
+  if (is_chief()) {
+    watch_->progress.finish();
+    watch_->metrics.flush();
+    ledger_->append("replica_fault", record);
+  }
+  world_.barrier(options_.runtime.collective_timeout);
+  throw NodeFault(message);
+}
+
+// A number that is not finite may come from one bad bit: everything is looked at, in an exchange of its own.
+void Trainer::check_all_replicas() {
+  if (!replicas_) return;
+  for (int64_t bucket = 0; bucket < replicas_->interval_steps(); ++bucket) {
+    const std::vector<uint64_t> mine = replicas_->digests(bucket);
+    const std::string all = all_gather_bytes(world_, std::as_bytes(std::span(mine)));
+    std::vector<uint64_t> digests(all.size() / sizeof(uint64_t));
+    std::memcpy(digests.data(), all.data(), all.size());
+    check_replicas(bucket, digests);
+  }
+}
+
 // Every rank sees the same flag, so every rank skips. The data moves on; the update does not.
 void Trainer::skip_step(const StepReport& report, double loss) {
   model_.drop_gradients();
+  check_all_replicas();
   if (++skipped_in_a_row_ > kMaxSkippedInARow) {
     std::string culprit = report.squares.has_non_finite() ? model_.name_of_non_finite_gradient() : "";
-    culprit = report.squares.has_non_finite() ? "the gradient of " + (culprit.empty() ? "another rank" : culprit)
-                                              : "the loss";
+    if (!report.squares.has_non_finite()) {
+      culprit = "the loss";
+    } else {
+      culprit.insert(0, culprit.empty() ? "a gradient of another rank" : "the gradient of ");
+    }
     throw ConfigError(culprit + " was not finite in " + std::to_string(skipped_in_a_row_) + " steps running, at step " +
                       std::to_string(step_) + " (loss " + std::to_string(loss) +
                       "). Mend: lower --learning_rate, or look at the data of this step");
@@ -325,6 +382,7 @@ void Trainer::skip_step(const StepReport& report, double loss) {
 }
 
 int64_t Trainer::prefetch() {
+  const metrics::TraceSpan span(track_, "data", "step");
   int64_t count = 0;
   if (step_ + 1 < options_.steps || next_batches_.empty()) {
     next_batches_ = loader_->next();
@@ -352,6 +410,7 @@ void Trainer::report_step(double loss, double grad_norm, double learning_rate, d
 
 void Trainer::evaluate() {
   if (!validation_) return;
+  const metrics::TraceSpan span(track_, "evaluate", "step");
   const data::EvaluationPass pass(validation_, options_.micro_batch_size, options_.eval_samples);
   const StepReport report =
       exchange(world_, model_.evaluate(pass.num_micro_batches(), [&](int64_t number) { return pass.get(number); }));
@@ -372,6 +431,7 @@ void Trainer::evaluate() {
 
 void Trainer::save() {
   if (saved_step_ == step_) return;
+  const metrics::TraceSpan span(track_, "checkpoint", "step");
   const checkpoint::Progress progress{
       .step = step_,
       .samples = step_ * options_.global_batch_size,

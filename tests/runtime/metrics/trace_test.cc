@@ -98,6 +98,19 @@ TEST(TraceTest, SpansOfScopesNestAndStandInOrder) {
   EXPECT_EQ(spans[5].at("args").at("step"), 1);
 }
 
+TEST(TraceTest, ATrackIsHandedDownAndByDefaultLeadsNowhere) {
+  Trace trace(5);
+  const TraceTrack first(&trace, "first"), second(&trace, "second"), nowhere;
+  { const TraceSpan before(second, "before", "x"); }
+  trace.start();
+  { const TraceSpan span(second, "launch", "x", {"bucket", 3}, {"bytes", 4096}); }
+  { const TraceSpan span(nowhere, "lost", "x", {"bucket", 4}); }
+  const auto spans = events_of(parsed({trace.take_bytes()}), "X", 0);
+  ASSERT_EQ(spans.size(), 1u);
+  EXPECT_EQ(spans[0].at("tid"), 1);
+  EXPECT_EQ(spans[0].at("args"), json({{"bucket", 3}, {"bytes", 4096}}));
+}
+
 TEST(TraceTest, AFullTraceDropsWhatComesLaterAndSaysHowMuch) {
   Trace trace(5);
   const int track = trace.track("compute");

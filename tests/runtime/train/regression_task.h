@@ -47,6 +47,7 @@ class RegressionTask : public Task {
   std::shared_ptr<const data::Dataset> training = std::make_shared<Plane>(50);
   std::shared_ptr<const data::Dataset> validation;
   std::function<void(at::Tensor& loss, const data::Batch& batch)> disturb;  ///< called in each micro-batch
+  std::function<void(torch::nn::Module& model)> before_forward;             ///< likewise
   std::function<void(torch::nn::Module&)> when_finished;
   std::string config = "{}";
   bool batch_norm = false;
@@ -67,6 +68,7 @@ class RegressionTask : public Task {
     return static_cast<int64_t>(batch.tensors[2].narrow(0, 0, batch.valid_samples).sum().item<float>());
   }
   LossSum loss(torch::nn::Module& model, const data::Batch& batch) override {
+    if (before_forward) before_forward(model);
     const int64_t n = batch.valid_samples;
     const at::Tensor wanted = batch.tensors[1].narrow(0, 0, n), weight = batch.tensors[2].narrow(0, 0, n);
     const at::Tensor error =

@@ -9,6 +9,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <lockstep/collectives/process_group.h>
+#include <lockstep/metrics/trace.h>
 
 namespace lockstep {
 
@@ -31,8 +32,9 @@ struct ShardedUnit {
 /// Source: Zhao et al., PyTorch FSDP, VLDB 2023, arXiv:2304.11277.
 class FullySharded {
  public:
-  /// @param group the ranks a replica is sharded over. Collective.
-  FullySharded(ProcessGroup& group, std::vector<ShardedUnit> units, Milliseconds timeout);
+  /// @param group the ranks a replica is sharded over. Collective. @param track gathers: their starts, and the waits.
+  FullySharded(ProcessGroup& group, std::vector<ShardedUnit> units, Milliseconds timeout,
+               metrics::TraceTrack track = {});
   ~FullySharded();
   FullySharded(const FullySharded&) = delete;
   FullySharded& operator=(const FullySharded&) = delete;
@@ -66,11 +68,13 @@ class FullySharded {
 
   void require(size_t unit);
   void start(size_t unit);
+  void finish(size_t unit);
   void prefetch_beside(size_t unit, int direction);
   void free(size_t unit);
 
   ProcessGroup& group_;
   Milliseconds timeout_;
+  metrics::TraceTrack track_;
   std::vector<std::unique_ptr<State>> units_;
   std::vector<size_t> order_, seen_;  // of forward: expected, and in this one
   bool both_ = false;

@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include <lockstep/metrics/trace.h>
 #include <lockstep/sharding/gradient_sync.h>
 
 namespace lockstep {
@@ -15,6 +16,7 @@ struct GradientReducerOptions {
   int64_t first_bucket_bytes = 1 << 20;   ///< a small first bucket leaves early (kDefaultFirstBucketBytes)
   Reduction reduction = Reduction::kOrdered;
   Milliseconds timeout = ProcessGroup::kDefaultTimeout;
+  metrics::TraceTrack track;  ///< each bucket's collectives, when they start and how long they are waited for
 };
 
 /// Gradients that accumulate on their rank before they travel (data parallelism, ZeRO-1): a rank's leaves are
@@ -58,6 +60,7 @@ class GradientReducer : public GradientSync {
   void reduce_bucket(Bucket& bucket);
   bool wants_gather(const Bucket& bucket) const;
   void gather(Bucket& bucket);
+  metrics::TraceSpan span(const char* name, const Bucket& bucket) const;
   int shard() const { return group_.rank() % options_.num_shards; }
   int num_replicas() const { return group_.size() / options_.num_shards; }
 

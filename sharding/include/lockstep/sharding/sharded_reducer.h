@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include <lockstep/metrics/trace.h>
 #include <lockstep/sharding/bucket_layout.h>
 #include <lockstep/sharding/gradient_sync.h>
 
@@ -24,6 +25,7 @@ struct ShardedReducerOptions {
   /// are not needed any more.
   std::function<void(size_t unit)> on_unit_done = [](size_t) {};
   Milliseconds timeout = ProcessGroup::kDefaultTimeout;
+  metrics::TraceTrack track;  ///< each bucket's collectives, when they start and how long they are waited for
 };
 
 /// Gradients that leave after every micro-batch (ZeRO-2 and ZeRO-3): no rank keeps more of the sum than its piece.
@@ -79,6 +81,7 @@ class ShardedReducer : public GradientSync {
   void launch(size_t bucket, int64_t round);
   void land();
   void push_round(Bucket& bucket, int64_t round, at::Tensor received);
+  metrics::TraceSpan span(const char* name, size_t bucket) const;
   int participants(int64_t round) const;
   int shard() const { return group_.rank() % options_.num_shards; }
   int num_replicas() const { return group_.size() / options_.num_shards; }

@@ -74,6 +74,12 @@ class Preempted : public Error {
   explicit Preempted(const std::string& message) : Error(ExitCode::kRunAgain, message) {}
 };
 
+/// A node computes or remembers wrongly: the run goes on without it.
+class NodeFault : public Error {
+ public:
+  explicit NodeFault(const std::string& message) : Error(ExitCode::kNodeBad, message) {}
+};
+
 /// Another, newer start owns this run directory.
 class Fenced : public Error {
  public:

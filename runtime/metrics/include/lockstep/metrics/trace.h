@@ -64,11 +64,30 @@ class Trace {
   std::atomic<size_t> next_{0};
 };
 
+/// A row of a trace, handed down by value to whoever has something to record. By default of no trace at all.
+class TraceTrack {
+ public:
+  TraceTrack() = default;
+  TraceTrack(Trace* trace, const std::string& name) : trace_(trace), number_(trace ? trace->track(name) : 0) {}
+
+  /// The trace, while it is on.
+  Trace* on() const { return trace_ && trace_->is_on() ? trace_ : nullptr; }
+  int number() const { return number_; }
+
+ private:
+  Trace* trace_ = nullptr;
+  int number_ = 0;
+};
+
 /// Records its own lifetime, if the trace is on when it begins.
 class TraceSpan {
  public:
+  TraceSpan(const TraceTrack& track, const char* name, const char* category, TraceArg first = {}, TraceArg second = {})
+      : trace_(track.on()), track_(track.number()), name_(name), category_(category), args_{first, second} {
+    if (trace_) begin_ns_ = trace_->now_ns();
+  }
   TraceSpan(Trace& trace, int track, const char* name, const char* category, TraceArg arg = {})
-      : trace_(trace.is_on() ? &trace : nullptr), track_(track), name_(name), category_(category), arg_(arg) {
+      : trace_(trace.is_on() ? &trace : nullptr), track_(track), name_(name), category_(category), args_{arg, {}} {
     if (trace_) begin_ns_ = trace.now_ns();
   }
   ~TraceSpan() {
@@ -83,7 +102,7 @@ class TraceSpan {
   Trace* trace_;
   int track_;
   const char *name_, *category_;
-  TraceArg arg_;
+  std::array<TraceArg, 2> args_;
   int64_t begin_ns_ = 0;
 };
 

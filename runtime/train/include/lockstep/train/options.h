@@ -57,6 +57,8 @@ struct Options {
   int64_t eval_interval_steps = 250;  ///< <= 0: only after the last step
   int64_t eval_samples = -1;          ///< -1: the whole validation split
   int64_t log_interval_steps = 10;
+  std::string profile_steps;  ///< "10:12": what all ranks do in these steps goes into traces/step-10-12.json
+  int64_t replica_check_interval_steps = 100;  ///< steps in which all that replicas hold is compared once; 0: off
 
   int64_t num_leaves() const { return global_batch_size / micro_batch_size; }
   int num_shards() const { return zero_stage == 0 ? 1 : zero_shard_size; }  ///< once resolved

@@ -1,0 +1,103 @@
+// How much of the communication hides behind compute: 2 ranks, as threads, over a link so slow that a step's bytes
+// alone take half as long as its compute. Prints hidden = 1 - (step over the slow link - step without delay) / time of
+// the bytes, and fails below the goal.
+//
+//     overlap_bench [FOLDER]     FOLDER: keeps the runs there, with a trace of two steps each
+#include <algorithm>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <string>
+#include <vector>
+
+#include <unistd.h>
+
+#include <nlohmann/json.hpp>
+
+#include <lockstep/base/error.h>
+#include <lockstep/collectives/local_group.h>
+#include <lockstep/train/trainer.h>
+
+#include "../runtime/train/stack_task.h"
+#include "../support/slow_group.h"
+
+namespace lockstep {
+namespace {
+
+constexpr int kRanks = 2, kRounds = 3;
+constexpr int64_t kSteps = 24, kDropped = 4, kLayers = 8, kWidth = 640, kMicroBatch = 192;
+constexpr double kShareOfCompute = 0.5, kGoal = 0.6;
+
+train::Options run_options(const std::string& run_dir, int zero_stage) {
+  train::Options options;
+  options.run_dir = run_dir;
+  options.steps = kSteps;
+  options.micro_batch_size = kMicroBatch;
+  options.global_batch_size = kRanks * 2 * kMicroBatch;
+  options.parallel_micro_batches = 1;
+  options.zero_stage = zero_stage;
+  options.bucket_bytes = int64_t{2} << 20;  // about a layer
+  options.schedule.learning_rate = 1e-3;
+  options.checkpoint_interval_steps = 0;
+  options.eval_interval_steps = 0;
+  options.log_interval_steps = kSteps;
+  options.profile_steps = std::to_string(kSteps - 3) + ":" + std::to_string(kSteps - 2);
+  return options;
+}
+
+struct Measured {
+  double step_s = 0;  // median
+  int64_t bytes = 0;  // a step
+};
+
+Measured measure(const std::string& run_dir, int zero_stage, double ns_per_byte) {
+  const train::Options options = run_options(run_dir, zero_stage);
+  std::atomic<int64_t> bytes{0};
+  run_local_ranks(kRanks, [&](ProcessGroup& group) {
+    const auto link = std::make_shared<test::SlowLink>(ns_per_byte);
+    test::SlowGroup world(group, link);
+    train::test::StackTask task(kLayers, kWidth, 4 * options.global_batch_size);
+    train::train(world, at::kCPU, task, options);
+    if (group.rank() == 0) bytes = link->bytes();
+  });
+  std::vector<double> steps;
+  std::ifstream lines(run_dir + "/metrics.jsonl");
+  for (std::string line; std::getline(lines, line);)
+    steps.push_back(nlohmann::json::parse(line).at("step_s").get<double>());
+  LOCKSTEP_CHECK(steps.size() == kSteps) << steps.size() << " steps in " << run_dir;
+  steps.erase(steps.begin(), steps.begin() + kDropped);
+  std::nth_element(steps.begin(), steps.begin() + static_cast<int64_t>(steps.size() / 2), steps.end());
+  return {steps[steps.size() / 2], bytes / kSteps};
+}
+
+bool hides_enough(const std::string& folder, int zero_stage) {
+  const std::string name = folder + "/zero" + std::to_string(zero_stage);
+  std::vector<double> shares;
+  for (int round = 0; round < kRounds; ++round) {
+    const std::string number = std::to_string(round);
+    const Measured plain = measure(name + "-plain" + number, zero_stage, 0);
+    const double communication_s = kShareOfCompute * plain.step_s;
+    const Measured slow =
+        measure(name + "-slow" + number, zero_stage, 1e9 * communication_s / static_cast<double>(plain.bytes));
+    shares.push_back(1 - (slow.step_s - plain.step_s) / communication_s);
+    std::printf("zero %d: step %.1f ms, with %.1f ms of communication (%.1f MB) %.1f ms: hidden %.0f %%\n", zero_stage,
+                1e3 * plain.step_s, 1e3 * communication_s, 1e-6 * static_cast<double>(plain.bytes), 1e3 * slow.step_s,
+                100 * shares.back());
+    std::fflush(stdout);
+  }
+  std::sort(shares.begin(), shares.end());
+  return shares[kRounds / 2] >= kGoal;
+}
+
+}  // namespace
+}  // namespace lockstep
+
+int main(int argc, char** argv) {
+  std::string folder = argc > 1 ? argv[1] : "";
+  std::string scratch = std::filesystem::temp_directory_path() / "overlap.XXXXXX";
+  if (folder.empty()) folder = mkdtemp(scratch.data()) ? scratch : "overlap";
+  bool ok = true;
+  for (const int zero_stage : {1, 3}) ok &= lockstep::hides_enough(folder, zero_stage);
+  if (argc <= 1) std::filesystem::remove_all(folder);
+  return ok ? 0 : 1;
+}
