@@ -85,7 +85,7 @@ TEST(LayerSplitTest, AWrongSplitIsRefusedWithOneThatWouldDo) {
       parse_layer_split(text, 12, 3);
       ADD_FAILURE() << "not refused: " << text;
     } catch (const ConfigError& error) {
-      EXPECT_THAT(error.what(), HasSubstr("'" + text + "' " + why));
+      EXPECT_THAT(error.what(), testing::AllOf(HasSubstr("layer split '" + text), HasSubstr("' " + why)));
       EXPECT_THAT(error.what(), HasSubstr("Mend: 3 counts (stages x chunks) that add up to 12, e.g. 4,4,4"));
     }
   }
