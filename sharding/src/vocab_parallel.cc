@@ -15,10 +15,11 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
-// Chunk: rows whose logits stay in the second-level cache from product to product. Group: chunks whose logits wait for
-// one exchange.
-constexpr int64_t kChunkElements = (2 << 20) / 4;
-constexpr int64_t kChunksOfGroup = 8;
+// Chunk: rows of one product. Larger than nn's, because each adds to the whole gradient of the weight: at 50257 classes
+// 8 MiB instead of 2 took 511 ms instead of 1192 (bf16, 512 rows, width 768, two ranks), 1001 instead of 1296 in f32.
+// Group: chunks whose logits wait for one exchange.
+constexpr int64_t kChunkElements = (8 << 20) / 4;
+constexpr int64_t kChunksOfGroup = 2;
 
 void check_ids(const char* what, const at::Tensor& ids, int64_t vocab) {
   if (ids.numel() == 0) return;
