@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 
 #include <lockstep/base/error.h>
+#include <lockstep/base/planted_bug.h>
 #include <lockstep/collectives/ordered_reduction.h>
 
 #include "ordered_fold.h"
@@ -27,6 +28,11 @@ void fold_tensors(const FoldPlan& plan, const std::vector<at::Tensor>& terms, co
   data.reserve(terms.size());
   for (const at::Tensor& term : terms) data.push_back(static_cast<const std::byte*>(term.const_data_ptr()));
   fold(plan, at::kFloat, ReduceOp::kSum, data, static_cast<std::byte*>(out.mutable_data_ptr()), out.numel());
+}
+
+FoldPlan plan_of(std::span<const LeafBlock> blocks) {
+  if (is_planted(Plant::kLeavesOutOfOrder)) return FoldPlan::of_leaves(static_cast<int64_t>(blocks.size()));
+  return FoldPlan(blocks);
 }
 
 // Shares are contiguous and ascend with the rank, so the ranks' roots in rank order are all blocks from left to right.
@@ -130,7 +136,7 @@ void OrderedReduction::finish(const at::Tensor& piece) {
 
 void OrderedReduction::fold_received(const at::Tensor& piece) {
   work_.wait();
-  const FoldPlan plan(all_blocks(num_leaves_, group_->size()));
+  const FoldPlan plan = plan_of(all_blocks(num_leaves_, group_->size()));
   const auto own = piece.numel(), num_roots = static_cast<int64_t>(plan.num_terms());
   std::vector<at::Tensor> terms;
   for (int64_t i = 0; i < num_roots; ++i) terms.push_back(received_.narrow(0, i * own, own));
@@ -148,7 +154,7 @@ void OrderedReduction::fold_shown(const Piece& own, const at::Tensor& piece) {
       terms.push_back(reinterpret_cast<const std::byte*>(data));
     }
   }
-  fold(FoldPlan(all_blocks(num_leaves_, group_->size())), at::kFloat, ReduceOp::kSum, terms,
+  fold(plan_of(all_blocks(num_leaves_, group_->size())), at::kFloat, ReduceOp::kSum, terms,
        static_cast<std::byte*>(piece.mutable_data_ptr()), own.numel);
   shown_->done();
   shown_.reset();

@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <lockstep/base/error.h>
+#include <lockstep/base/planted_bug.h>
 #include <lockstep/nn/cpu_allocator.h>
 #include <lockstep/sharding/fully_sharded.h>
 #include <lockstep/sharding/parameter_gather.h>
@@ -175,6 +176,7 @@ void FullySharded::absent_backward(size_t part, const std::function<void(size_t 
 }
 
 void FullySharded::end_step() {
+  if (is_planted(Plant::kStaleUnit)) return;
   for (size_t unit = 0; unit < units_.size(); ++unit) free(unit);
 }
 

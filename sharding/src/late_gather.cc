@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <utility>
 
+#include <lockstep/base/planted_bug.h>
 #include <lockstep/sharding/late_gather.h>
 
 namespace lockstep {
@@ -37,7 +38,9 @@ void LateGather::start() {
   done_ = 0;
 }
 
-void LateGather::require(size_t unit) { finish_until(needs_[unit]); }
+void LateGather::require(size_t unit) {
+  if (!is_planted(Plant::kEarlyForward)) finish_until(needs_[unit]);
+}
 
 void LateGather::finish() { finish_until(buckets_.size()); }
 
@@ -46,6 +49,7 @@ void LateGather::finish_until(size_t end) {
   const std::lock_guard lock(mutex_);
   for (size_t i = done_; i < end; ++i) {
     const metrics::TraceSpan span(track_, "wait for parameters", "collective", {"bucket", static_cast<int64_t>(i)});
+    if (is_planted(Plant::kStaleParameters) && i + 1 == buckets_.size()) buckets_[i].parameters.clear();
     buckets_[i].gather.finish(buckets_[i].parameters, /*skip_own=*/true);
     done_.store(i + 1, std::memory_order_release);
   }

@@ -5,6 +5,7 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/engine.h>
 
+#include <lockstep/base/planted_bug.h>
 #include <lockstep/nn/precision.h>
 #include <lockstep/nn/remake.h>
 #include <lockstep/sharding/recompute.h>
@@ -59,7 +60,7 @@ void Environment::apply() const {
 class SecondRun {
  public:
   explicit SecondRun(const Environment& environment)
-      : key_(environment.key_), weight_cache_(environment.has_weight_cache_), remake_(nullptr) {
+      : key_(key_of(environment)), weight_cache_(environment.has_weight_cache_), remake_(nullptr) {
     environment.apply();
   }
   ~SecondRun() { before_.apply(); }
@@ -67,6 +68,12 @@ class SecondRun {
   SecondRun& operator=(const SecondRun&) = delete;
 
  private:
+  static nn::StepKey key_of(const Environment& environment) {
+    nn::StepKey key = environment.key_;
+    if (is_planted(Plant::kOtherDropoutKey)) ++key.leaf;
+    return key;
+  }
+
   Environment before_;  // first: read before anything changes
   nn::StepScope key_;
   nn::WeightCacheScope weight_cache_;

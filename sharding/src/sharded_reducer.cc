@@ -5,6 +5,7 @@
 #include <ATen/ops/full.h>
 
 #include <lockstep/base/error.h>
+#include <lockstep/base/planted_bug.h>
 #include <lockstep/nn/cpu_allocator.h>
 #include <lockstep/sharding/sharded_reducer.h>
 
@@ -205,6 +206,7 @@ void ShardedReducer::push_round(Bucket& bucket, int64_t round, at::Tensor receiv
   };
   for (int64_t k = 0; k < participants(round); ++k) {
     counter.push_back({{first + k, 1}, received.narrow(0, k * own, own)});
+    if (is_planted(Plant::kDroppedContribution) && k > 0 && k + 1 == participants(round)) counter.back().second.zero_();
     while (counter.size() > 1) {
       const LeafBlock &left = counter[counter.size() - 2].first, &right = counter.back().first;
       if (left.size != right.size || left.start % (2 * left.size) != 0) break;
@@ -241,6 +243,7 @@ void ShardedReducer::absent_unit(size_t unit) {
 void ShardedReducer::absent_leaf(size_t number) {
   if (number >= parts_.size()) return;  // a part without parameters
   Part& part = parts_[number];
+  if (is_planted(Plant::kAbsentFromExchange)) part.next = part.buckets.size();
   while (part.next < part.buckets.size()) absent_unit(buckets_[part.buckets[part.next]]->unit);
   ++part.round;
   begin_round(part);

@@ -8,6 +8,7 @@
 #include <torch/torch.h>
 
 #include <lockstep/base/error.h>
+#include <lockstep/base/planted_bug.h>
 #include <lockstep/nn/dropout.h>
 #include <lockstep/nn/precision.h>
 #include <lockstep/sharding/rank_order_sum.h>
@@ -97,6 +98,7 @@ struct ParallelModel::Scope {
 
 StepReport ParallelModel::compute(int64_t step, int64_t divisor, const std::vector<data::Batch>& batches) {
   StepReport report;
+  if (is_planted(Plant::kLossScaleOfOneRank) && mesh_.data().rank() > 0) ++divisor;
   weight_ = static_cast<float>(1.0 / static_cast<double>(divisor));
   nn::begin_step();
   sync_->begin_step();
@@ -174,8 +176,10 @@ void ParallelModel::begin_leaf(int lane, int64_t leaf) {
   if (!expert_sync_) return;
   const int sources = mesh_.experts()->size(), rank = mesh_.experts()->rank();
   const int64_t share = options_.num_leaves() / mesh_.data().size();  // equal: resolve() has seen to it
-  for (int source = 0; source < sources; ++source)
-    expert_sync_->begin_leaf(lane * sources + source, leaf + (source - rank) * share);
+  for (int source = 0; source < sources; ++source) {
+    const int from = is_planted(Plant::kExpertOfOtherLeaf) ? sources - 1 - source : source;
+    expert_sync_->begin_leaf(lane * sources + source, leaf + (from - rank) * share);
+  }
 }
 
 void ParallelModel::end_leaf(int lane) {
@@ -203,7 +207,8 @@ void ParallelModel::compute_in_stages(int64_t step, const std::vector<data::Batc
     at::Tensor output;
     if (micro_batch < present) {
       const Scope scope(*this, step, leaves[micro_batch]);
-      output = run_chunk(stack, chunk, input, on_device(batches[micro_batch]));
+      const int64_t other = is_planted(Plant::kSwappedMicroBatches) && input.defined() ? micro_batch ^ 1 : micro_batch;
+      output = run_chunk(stack, chunk, input, on_device(batches[other < present ? other : micro_batch]));
     } else {
       absent_forward(chunk);
       output = input.defined() ? input : at::zeros({}, device_).requires_grad_();
@@ -264,7 +269,8 @@ void ParallelModel::join_terms(GradientSync& sync) {
     return ranks;
   };
   sum_in_rank_order(mesh_.context(), all_of(mesh_.context()), sync.pieces(GradientSync::kAll), timeout);
-  sum_in_rank_order(mesh_.tensor(), all_of(mesh_.tensor()), sync.pieces(1), timeout);
+  if (!is_planted(Plant::kPartialNotSummed))
+    sum_in_rank_order(mesh_.tensor(), all_of(mesh_.tensor()), sync.pieces(1), timeout);
   for (const ModelParameter& parameter : table_.locals()) {
     const ParameterPlacement& placement = parameter.placement;
     if (!placement.is_partial || placement.tensor_dim < 0 || placement.is_of_experts()) continue;
@@ -281,7 +287,7 @@ void ParallelModel::join_terms(GradientSync& sync) {
 void ParallelModel::join_tied() {
   for (size_t k = 0; k < table_.trainable().size(); ++k) {
     const ModelParameter& parameter = table_.locals()[table_.trainable()[k]];
-    if (!parameter.is_tied_away) continue;
+    if (!parameter.is_tied_away || is_planted(Plant::kMissingTiedSum)) continue;
     const auto& stages = table_.stages_of(parameter.own_name);
     const at::Tensor piece = sync_->piece_of(k);
     const bool is_first = parameter.name == parameter.own_name;

@@ -8,6 +8,7 @@
 #include <torch/torch.h>
 
 #include <lockstep/base/error.h>
+#include <lockstep/base/planted_bug.h>
 #include <lockstep/nn/cpu_allocator.h>
 #include <lockstep/sharding/bucket_layout.h>
 #include <lockstep/sharding/gradient_reducer.h>
@@ -154,6 +155,13 @@ size_t ParallelModel::part_of(const FoundUnit& unit) const {
   return stack && unit.unit ? stack->chunk_of(unit.name) : 0;
 }
 
+// In the norm: of the copies of a parameter on several ranks, one.
+bool ParallelModel::is_counted(const ModelParameter& parameter) const {
+  const bool is_first_copy = parameter.placement.is_first_holder() || is_planted(Plant::kReplicaCountedTwice);
+  const bool is_first_use = !parameter.is_tied_away || parameter.name == parameter.own_name;
+  return is_first_copy && mesh_.context().rank() == 0 && (is_first_use || is_planted(Plant::kTiedCountedTwice));
+}
+
 void ParallelModel::build_sync() {
   std::vector<NamedParameter> dense, of_experts;
   std::vector<int64_t> number(table_.locals().size(), -1);
@@ -165,8 +173,7 @@ void ParallelModel::build_sync() {
                      .tensor = parameter.tensor,
                      .first_use = parameter.first_use < 0 ? -1 : number[parameter.first_use],
                      .is_tied_away = parameter.is_tied_away,
-                     .is_counted = parameter.placement.is_first_holder() && mesh_.context().rank() == 0 &&
-                                   (!parameter.is_tied_away || parameter.name == parameter.own_name),
+                     .is_counted = is_counted(parameter),
                      .partial_kind = partial_kind(parameter.placement)});
   }
   std::vector<size_t> parts;
@@ -263,6 +270,8 @@ void ParallelModel::build_optimizer() {
       if (parameter.first_use >= 0 || parameter.placement.is_of_experts() != of_experts) continue;
       const bool is_cut = shards > 1 && !fully_sharded_;
       at::Tensor part = is_cut ? shard_of(parameter.tensor.detach(), shard, shards) : local_part(i);
+      if (is_planted(Plant::kShardOffByOneRow) && is_cut && shard == 0 && part.numel() < parameter.tensor.numel())
+        part = parameter.tensor.detach().narrow(0, 1, part.size(0));
       parts.push_back({parameter.own_name, part, grad(k), task_.decays(parameter.own_name, parameter.tensor)});
       if (is_cut) cut.push_back({parameter.unit, parameter.tensor.detach()});
     }

@@ -12,6 +12,7 @@
 
 #include <lockstep/base/error.h>
 #include <lockstep/base/log.h>
+#include <lockstep/base/planted_bug.h>
 #include <lockstep/checkpoint/checkpoint.h>
 #include <lockstep/collectives/arithmetic.h>
 #include <lockstep/data/loader.h>
@@ -305,6 +306,7 @@ void Trainer::step() {
   report.stop = stop_requested();
   const double divisor = static_cast<double>(step_count_);
   report.count = prefetch();
+  const double local_squares = is_planted(Plant::kClipOfLocalNorm) ? report.squares.value() : 0;
   const int64_t bucket = replicas_ ? replicas_->bucket_of(step_) : 0;
   std::vector<uint64_t> digests = replicas_ ? replicas_->digests(bucket) : std::vector<uint64_t>();
   {
@@ -321,7 +323,8 @@ void Trainer::step() {
     const double grad_norm = std::sqrt(report.squares.value());
     const double learning_rate = optim::learning_rate_at(options_.schedule, step_);
     model_.update({.learning_rate = learning_rate,
-                   .grad_scale = optim::clip_coefficient(grad_norm, options_.clip_norm),
+                   .grad_scale = optim::clip_coefficient(
+                       is_planted(Plant::kClipOfLocalNorm) ? std::sqrt(local_squares) : grad_norm, options_.clip_norm),
                    .step = step_ + 1});
     ++step_;
     result_.loss = loss;

@@ -1,0 +1,177 @@
+// fuzz_layouts: README.md.
+#include <chrono>
+#include <csignal>
+#include <filesystem>
+#include <iostream>
+#include <optional>
+#include <thread>
+
+#include <gflags/gflags.h>
+
+#include <lockstep/base/error.h>
+#include <lockstep/base/planted_bug.h>
+
+#include "workers.h"
+
+DEFINE_int64(seeds, 100, "how many cases");
+DEFINE_int64(first_seed, 1, "of the first case");
+DEFINE_int32(jobs, 0, "processes side by side; 0: cores");
+DEFINE_string(replay, "", "one case, as a failure printed it; shows what its runs say");
+DEFINE_string(plant, "", "a bug to plant (--check_plants lists them)");
+DEFINE_bool(check_plants, false, "plants each bug, or those of --plant=a,b, and looks for it: all must be found");
+DEFINE_bool(shrink, true, "make a failing case simpler");
+DEFINE_int32(timeout_s, 30, "of a collective: a rank that waits longer waits in vain");
+DEFINE_string(worker, "", "(internal) work on cases from stdin in this folder");
+
+namespace lockstep::fuzz {
+namespace {
+
+// A folder that is gone at the end.
+class WorkDir {
+ public:
+  WorkDir() : path_(std::filesystem::temp_directory_path() / "fuzz_layouts_XXXXXX") {
+    if (mkdtemp(path_.data()) == nullptr) throw IoError("making", path_, errno);
+  }
+  ~WorkDir() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+  WorkDir(const WorkDir&) = delete;
+  WorkDir& operator=(const WorkDir&) = delete;
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+};
+
+struct Failure {
+  Case c;
+  Verdict verdict;
+  int64_t cases = 0;  // run until then
+};
+
+// The first failure among the seeds.
+std::optional<Failure> search(const WorkerOptions& options, int64_t first_seed, int64_t seeds,
+                              const std::string& plant) {
+  std::optional<Failure> failure;
+  int64_t seed = first_seed, cases = 0;
+  run_on_workers(
+      options,
+      [&]() -> std::optional<Case> {
+        if (seed == first_seed + seeds) return std::nullopt;
+        Case c = draw(seed++);
+        c.plant = plant;
+        return c;
+      },
+      [&](const Case& c, const Verdict& verdict) {
+        ++cases;
+        if (verdict.kind != Verdict::kSame) failure = {c, verdict, cases};
+        return !failure;
+      });
+  return failure;
+}
+
+constexpr std::chrono::minutes kShrinkLimit{5};  // cases that hang take long
+
+// Simpler cases that fail in the same way, one number at a time, until none does.
+Failure shrunk(const WorkerOptions& options, Failure failure) {
+  const auto deadline = std::chrono::steady_clock::now() + kShrinkLimit;
+  for (bool has_changed = true; has_changed;) {
+    has_changed = false;
+    auto candidates = simpler(failure.c);
+    size_t next = 0;
+    const Verdict::Kind kind = failure.verdict.kind;
+    run_on_workers(
+        options,
+        [&]() -> std::optional<Case> {
+          if (next == candidates.size() || std::chrono::steady_clock::now() > deadline) return std::nullopt;
+          return candidates[next++];
+        },
+        [&](const Case& c, const Verdict& verdict) {
+          if (verdict.kind != kind) return true;
+          failure = {c, verdict, failure.cases};
+          has_changed = true;
+          return false;
+        });
+  }
+  return failure;
+}
+
+void print(const Failure& failure) {
+  std::cout << "FAILED: seed " << failure.c.seed << "\n  " << failure.verdict.text << "\n  case: " << to_text(failure.c)
+            << std::endl;
+}
+
+int fuzz(const WorkerOptions& options) {
+  const auto start = std::chrono::steady_clock::now();
+  auto failure = search(options, FLAGS_first_seed, FLAGS_seeds, FLAGS_plant);
+  if (!failure) {
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    std::cout << FLAGS_seeds << " seeds from " << FLAGS_first_seed << ": all as one process, in " << took.count()
+              << " s" << std::endl;
+    return 0;
+  }
+  print(*failure);
+  if (FLAGS_shrink) {
+    std::cout << "making it simpler ..." << std::endl;
+    failure = shrunk(options, *failure);
+    print(*failure);
+  }
+  std::cout << "  again: fuzz_layouts --replay='" << to_text(failure->c) << "'" << std::endl;
+  return 1;
+}
+
+int check_plants(const WorkerOptions& options) {
+  int missed = 0;
+  for (const auto& [name, plant] : kPlants) {
+    const std::string wanted = "," + FLAGS_plant + ",";
+    if (!FLAGS_plant.empty() && wanted.find("," + std::string(name) + ",") == std::string::npos) continue;
+    const auto failure = search(options, FLAGS_first_seed, FLAGS_seeds, std::string(name));
+    missed += failure ? 0 : 1;
+    std::cout << name << ": ";
+    if (failure)
+      std::cout << "found, case " << failure->cases << ", seed " << failure->c.seed << ": " << failure->verdict.text;
+    else
+      std::cout << "MISSED in " << FLAGS_seeds << " seeds";
+    std::cout << std::endl;
+  }
+  return missed == 0 ? 0 : 1;
+}
+
+int replay(WorkerOptions options) {
+  options.shows_log = true;
+  const Case c = parse(FLAGS_replay);
+  const Verdict verdict = run_on_worker(options, c);
+  if (verdict.kind == Verdict::kSame) {
+    std::cout << "as one process: " << to_text(c) << std::endl;
+    return 0;
+  }
+  print({c, verdict});
+  return 1;
+}
+
+int run() {
+  const WorkDir work_dir;
+  const int cores = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
+  const WorkerOptions options{.jobs = FLAGS_jobs > 0 ? FLAGS_jobs : cores,
+                              .work_dir = work_dir.path(),
+                              .timeout = std::chrono::seconds(FLAGS_timeout_s)};
+  if (!FLAGS_replay.empty()) return replay(options);
+  return FLAGS_check_plants ? check_plants(options) : fuzz(options);
+}
+
+}  // namespace
+}  // namespace lockstep::fuzz
+
+int main(int argc, char** argv) {
+  gflags::SetUsageMessage("runs random models on random layouts and compares them with one process");
+  gflags::ParseCommandLineFlags(&argc, &argv, true);
+  signal(SIGPIPE, SIG_IGN);  // a worker that died is found when it is read from
+  try {
+    if (!FLAGS_worker.empty()) return lockstep::fuzz::be_worker(FLAGS_worker, std::chrono::seconds(FLAGS_timeout_s));
+    return lockstep::fuzz::run();
+  } catch (const lockstep::Error& error) {
+    std::cerr << "fuzz_layouts: " << error.what() << "\n";
+    return static_cast<int>(error.exit_code());
+  }
+}
