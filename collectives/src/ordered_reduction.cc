@@ -171,11 +171,11 @@ at::Tensor ordered_all_reduce(ProcessGroup& group, int64_t num_leaves, std::vect
     std::vector<at::Tensor> inside;
     for (int64_t leaf = root.start; leaf < root.end(); ++leaf) {
       singles.push_back({leaf, 1});
-      inside.push_back(leaves[leaf - share.begin].clone());
+      inside.push_back(group.empty_mapped(numel, options).copy_(leaves[leaf - share.begin]));
     }
     roots.push_back(fold_roots(singles, std::move(inside)));
   }
-  at::Tensor sum = at::empty({numel}, options);
+  at::Tensor sum = group.empty_mapped(numel, options);
   const Piece own = owned_piece(numel, group.rank(), group.size());
   at::Tensor piece = sum.narrow(0, own.offset, own.numel);
   OrderedReduction(group, num_leaves, std::move(roots), even_pieces(numel, group.size()), options).finish(piece);

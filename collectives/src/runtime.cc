@@ -80,9 +80,12 @@ std::unique_ptr<ProcessGroup> make_nccl_world(const RankInfo& info, const Runtim
 std::unique_ptr<ProcessGroup> make_cpu_world(const RankInfo& info, const RuntimeOptions& options) {
   auto world = make_mpi_world();
   if (options.backend == "mpi") return world;
-  if (choose_cpu_backend(options, node_of_ranks(*world)) != CpuBackend::kShm) return world;
+  const std::vector<int> nodes = node_of_ranks(*world);
+  const CpuBackend backend = choose_cpu_backend(options, nodes);
   try {
-    return make_shm_group(std::move(world));
+    if (backend == CpuBackend::kShm) return make_shm_group(std::move(world));
+    if (backend == CpuBackend::kTwoLevel) return make_two_level_group(std::move(world), nodes);
+    return world;
   } catch (const ConfigError& error) {  // thrown on all ranks alike
     if (options.backend == "shm") throw;
     LOG_IF(WARNING, info.rank == 0) << "without shared memory: " << error.what();

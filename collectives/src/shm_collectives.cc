@@ -10,7 +10,9 @@ namespace lockstep {
 namespace {
 
 constexpr int64_t kLine = 64;
-constexpr int64_t kPastCachesBytes = int64_t{4} << 20;  // results from this size on are written past the caches
+// Tensors from this size on are copied past the caches: to read lines that another core has just written is slower than
+// to read memory, unless they are few.
+constexpr int64_t kPastCachesBytes = int64_t{4} << 20;
 
 struct Range {
   int64_t begin = 0, end = 0;
@@ -28,7 +30,7 @@ const std::byte* data_of(const at::Tensor& tensor) { return static_cast<const st
 std::byte* mutable_data_of(const at::Tensor& tensor) { return static_cast<std::byte*>(tensor.mutable_data_ptr()); }
 
 void copy_bytes(std::byte* to, const std::byte* from, int64_t bytes) {
-  if (to != from && bytes > 0) std::memmove(to, from, static_cast<size_t>(bytes));
+  if (to != from && bytes > 0) std::memcpy(to, from, static_cast<size_t>(bytes));
 }
 
 int8_t checked(at::ScalarType type) {
@@ -149,8 +151,8 @@ class LargeAllReduce : public Collective {
     for (int rank = 0; rank < size_; ++rank) {
       if (rank == me_) continue;
       const Range theirs = part(range, rank);
-      copy_bytes(source(me_, round) + bytes(theirs.begin), data_ + bytes(range.begin + theirs.begin),
-                 bytes(theirs.count()));
+      deliver(source(me_, round) + bytes(theirs.begin), data_ + bytes(range.begin + theirs.begin),
+              bytes(theirs.count()), bytes(numel_));
     }
   }
 
@@ -163,7 +165,7 @@ class LargeAllReduce : public Collective {
       for (int rank = 0; rank < size_; ++rank)
         if (rank != me_) copy_bytes(place(rank, round, range, mine), out, bytes(mine.count()));
     } else if (!is_whole(me_)) {
-      copy_bytes(source(me_, round) + bytes(mine.begin), out, bytes(mine.count()));
+      deliver(source(me_, round) + bytes(mine.begin), out, bytes(mine.count()), bytes(numel_));
     }
   }
 
@@ -213,8 +215,8 @@ class ReduceScatter : public Collective {
     const Range range = round_of(round, each_, numel_);
     for (int rank = 0; rank < size_; ++rank) {
       if (rank != me_)
-        copy_bytes(source(me_, round) + bytes(rank * each_), in_ + bytes(rank * numel_ + range.begin),
-                   bytes(range.count()));
+        deliver(source(me_, round) + bytes(rank * each_), in_ + bytes(rank * numel_ + range.begin),
+                bytes(range.count()), bytes(numel_ * size_));
     }
   }
   void take(uint64_t round) override {
@@ -265,7 +267,7 @@ class AllGather : public Collective {
   }
   void stage(uint64_t round) override {
     const Range range = round_of(round, each_, counts_[me_]);
-    copy_bytes(source(me_, round), in_ + bytes(range.begin), bytes(range.count()));
+    deliver(source(me_, round), in_ + bytes(range.begin), bytes(range.count()), all_bytes_);
   }
   void take(uint64_t round) override {
     for (int step = 1; step < size_; ++step) {  // each rank begins with another one
@@ -340,8 +342,8 @@ class AllToAll : public Collective {
     for (int to = 0; to < size_; ++to) {
       const Range range = round_of(round, each_, counts_[to]);
       if (to != me_)
-        copy_bytes(source(me_, round) + bytes(to * each_), in_ + bytes(offsets_[to] + range.begin),
-                   bytes(range.count()));
+        deliver(source(me_, round) + bytes(to * each_), in_ + bytes(offsets_[to] + range.begin), bytes(range.count()),
+                all_bytes_);
     }
   }
   void take(uint64_t round) override {
@@ -365,11 +367,13 @@ class AllToAll : public Collective {
 
 class Broadcast : public Collective {
  public:
-  Broadcast(std::shared_ptr<ShmChannel> channel, ShmHeading heading, const at::Tensor& tensor, Milliseconds timeout)
+  Broadcast(std::shared_ptr<ShmChannel> channel, ShmHeading heading, const at::Tensor& tensor, Milliseconds timeout,
+            std::function<bool()> is_there)
       : Collective(std::move(channel), heading, tensor, timeout),
         data_(mutable_data_of(tensor)),
         numel_(tensor.numel()),
-        each_(elements_of_lane(1)) {
+        each_(elements_of_lane(1)),
+        is_there_(std::move(is_there)) {
     keep(tensor);
     rounds_ = rounds_for(numel_, each_);
     if (me_ != heading.root) return;
@@ -381,12 +385,13 @@ class Broadcast : public Collective {
   }
 
  private:
+  bool may_post() override { return !is_there_ || is_there_(); }
   void post() override {
     if (place_ != nullptr) copy_bytes(place_, data_, bytes(numel_));
   }
   void stage(uint64_t round) override {
     const Range range = round_of(round, each_, numel_);
-    copy_bytes(source(me_, round), data_ + bytes(range.begin), bytes(range.count()));
+    deliver(source(me_, round), data_ + bytes(range.begin), bytes(range.count()), bytes(numel_));
   }
   void take(uint64_t round) override {
     if (me_ == heading_.root) return;
@@ -399,85 +404,7 @@ class Broadcast : public Collective {
   std::byte* data_;
   int64_t numel_, each_;
   std::byte* place_ = nullptr;
-};
-
-// A rank's letter tells where each of its tensors lies.
-class Show : public ShmExchange {
- public:
-  Show(std::shared_ptr<ShmChannel> channel, std::vector<at::Tensor> tensors, Milliseconds timeout)
-      : ShmExchange(std::move(channel), {.call = ShmCall::kShow}, timeout) {
-    LOCKSTEP_CHECK(tensors.size() * sizeof(int64_t) <= kShmLetterBytes) << tensors.size() << " tensors to show";
-    for (const at::Tensor& tensor : tensors) {
-      keep(tensor);
-      const auto bytes = static_cast<int64_t>(tensor.nbytes());
-      auto offset = channel_->memory->offset_of(tensor.const_data_ptr(), bytes);
-      if (!offset && bytes > 0) {
-        copies_.push_back(channel_->memory->allocate(bytes));
-        if (!copies_.back()) no_memory_left();
-        copy_bytes(copies_.back().data(), data_of(tensor), bytes);
-        offset = copies_.back().offset();
-      }
-      offsets_.push_back(offset.value_or(0));
-    }
-    rounds_ = 1;
-    must_linger_ = true;
-  }
-
-  const void* data(int rank, size_t index) const {
-    const int64_t offset = reinterpret_cast<const int64_t*>(letter(rank))[index];
-    return channel_->memory->at(channel_->arenas[rank], offset);
-  }
-  void wait_for_all() {
-    wait_until([this] { return have_met(); });
-  }
-  void done() {
-    is_read_ = true;
-    wait();
-  }
-  bool poll_for_all() {
-    move_on();
-    return have_met();
-  }
-
- private:
-  void post() override {
-    copy_bytes(letter(channel_->rank), reinterpret_cast<const std::byte*>(offsets_.data()),
-               static_cast<int64_t>(offsets_.size() * sizeof(int64_t)));
-  }
-  bool may_take() const override { return is_read_; }
-  void keep_rest_for_ever() override {
-    for (auto& copy : copies_) keep_for_ever({}, std::move(copy));
-  }
-
-  std::vector<int64_t> offsets_;
-  std::vector<ShmMemory::Block> copies_;
-  std::atomic<bool> is_read_{false};
-};
-
-class ShownByShm : public Shown {
- public:
-  ShownByShm(std::shared_ptr<ShmChannel> channel, std::vector<at::Tensor> tensors, Milliseconds timeout)
-      : show_(std::move(channel), std::move(tensors), timeout) {}
-  bool poll() override { return show_.poll_for_all(); }
-  void wait() override { show_.wait_for_all(); }
-  const void* data(int rank, size_t index) const override { return show_.data(rank, index); }
-  void done() override { show_.done(); }
-
- private:
-  ShmStarted<Show> show_;
-};
-
-class Forwarded : public ShmOperation {
- public:
-  Forwarded(std::shared_ptr<ShmChannel> channel, std::string doing, Work work, Milliseconds timeout)
-      : ShmOperation(std::move(channel), timeout), doing_(std::move(doing)), work_(std::move(work)) {}
-
- private:
-  Progress advance() override { return work_.poll() ? Progress::kDone : Progress::kNone; }
-  std::string doing() const override { return doing_; }
-
-  std::string doing_;
-  Work work_;
+  std::function<bool()> is_there_;
 };
 
 }  // namespace
@@ -511,19 +438,11 @@ ShmWork shm_all_to_all(std::shared_ptr<ShmChannel> channel, const at::Tensor& ou
                                                 timeout);
 }
 
-ShmWork shm_broadcast(std::shared_ptr<ShmChannel> channel, const at::Tensor& tensor, int root, Milliseconds timeout) {
+ShmWork shm_broadcast(std::shared_ptr<ShmChannel> channel, const at::Tensor& tensor, int root, Milliseconds timeout,
+                      std::function<bool()> is_there) {
   ShmHeading call = heading(ShmCall::kBroadcast, tensor);
   call.root = root;
-  return std::make_unique<ShmStarted<Broadcast>>(std::move(channel), call, tensor, timeout);
-}
-
-std::unique_ptr<Shown> shm_show(std::shared_ptr<ShmChannel> channel, std::vector<at::Tensor> tensors,
-                                Milliseconds timeout) {
-  return std::make_unique<ShownByShm>(std::move(channel), std::move(tensors), timeout);
-}
-
-ShmWork shm_forwarded(std::shared_ptr<ShmChannel> channel, std::string doing, Work work, Milliseconds timeout) {
-  return std::make_unique<ShmStarted<Forwarded>>(std::move(channel), std::move(doing), std::move(work), timeout);
+  return std::make_unique<ShmStarted<Broadcast>>(std::move(channel), call, tensor, timeout, std::move(is_there));
 }
 
 }  // namespace lockstep

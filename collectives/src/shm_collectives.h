@@ -1,5 +1,6 @@
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -20,7 +21,9 @@ ShmWork shm_all_gather(std::shared_ptr<ShmChannel> channel, const at::Tensor& ou
 ShmWork shm_all_to_all(std::shared_ptr<ShmChannel> channel, const at::Tensor& output, const at::Tensor& input,
                        std::span<const int64_t> receive_counts, std::span<const int64_t> send_counts,
                        Milliseconds timeout);
-ShmWork shm_broadcast(std::shared_ptr<ShmChannel> channel, const at::Tensor& tensor, int root, Milliseconds timeout);
+/// `is_there`: on the root, whether what is sent is there yet; the call keeps its place among the calls meanwhile.
+ShmWork shm_broadcast(std::shared_ptr<ShmChannel> channel, const at::Tensor& tensor, int root, Milliseconds timeout,
+                      std::function<bool()> is_there = {});
 std::unique_ptr<Shown> shm_show(std::shared_ptr<ShmChannel> channel, std::vector<at::Tensor> tensors,
                                 Milliseconds timeout);
 /// An operation of another group that is to move on while this memory's are waited for.

@@ -1,3 +1,5 @@
+#include "shm_group.h"
+
 #include <algorithm>
 #include <cstring>
 #include <fstream>
@@ -12,8 +14,6 @@
 
 #include <lockstep/base/error.h>
 #include <lockstep/collectives/shm_group.h>
-
-#include "shm_collectives.h"
 
 namespace lockstep {
 namespace {
@@ -37,36 +37,10 @@ std::vector<T> all_gather_values(ProcessGroup& group, const T& mine) {
   return values;
 }
 
-// Collective over `control`, whose ranks have the arenas `arena` of `memory`.
-std::shared_ptr<ShmChannel> make_channel(std::shared_ptr<ShmMemory> memory, ProcessGroup& control, ShmOptions options) {
-  auto channel = std::make_shared<ShmChannel>();
-  LOCKSTEP_CHECK(options.letter_bytes <= kShmLetterBytes) << "letters of " << options.letter_bytes << " bytes";
-  channel->options = options;
-  channel->name = control.name();
-  channel->rank = control.rank();
-  channel->size = control.size();
-  channel->mailbox = memory->allocate(sizeof(ShmMailbox));
-  if (channel->mailbox) new (channel->mailbox.data()) ShmMailbox;
-  struct Place {
-    int64_t arena, mailbox;
-  };
-  const auto places =
-      all_gather_values(control, Place{memory->rank(), channel->mailbox ? channel->mailbox.offset() : -1});
-  for (const Place& place : places) {
-    if (place.mailbox < 0) throw CollectiveError("no shared memory is left for group " + control.name());
-    channel->arenas.push_back(static_cast<int>(place.arena));
-    channel->mail.push_back(reinterpret_cast<ShmMailbox*>(memory->at(static_cast<int>(place.arena), place.mailbox)));
-  }
-  channel->plan = FoldPlan::of_leaves(channel->size);
-  channel->num_spins = spins_for(memory->size());
-  channel->memory = std::move(memory);
-  return channel;
-}
-
 class ShmGroup : public ProcessGroup {
  public:
   ShmGroup(std::unique_ptr<ProcessGroup> control, std::shared_ptr<ShmMemory> memory, ShmOptions options)
-      : control_(std::move(control)), channel_(make_channel(std::move(memory), *control_, options)) {}
+      : control_(std::move(control)), channel_(make_shm_channel(std::move(memory), *control_, options)) {}
 
   int rank() const override { return channel_->rank; }
   int size() const override { return channel_->size; }
@@ -130,13 +104,7 @@ class ShmGroup : public ProcessGroup {
   }
 
   at::Tensor empty_mapped(int64_t numel, at::TensorOptions options) override {
-    if (!options.device().is_cpu()) return ProcessGroup::empty_mapped(numel, options);
-    auto block = std::make_shared<ShmMemory::Block>(
-        channel_->memory->allocate(numel * static_cast<int64_t>(options.dtype().itemsize())));
-    if (!*block) return ProcessGroup::empty_mapped(numel, options);
-    void* data = block->data();
-    return at::from_blob(
-        data, {numel}, [block = std::move(block)](void*) mutable { block.reset(); }, options);
+    return empty_in(*channel_->memory, numel, options);
   }
 
   std::unique_ptr<Shown> show(std::vector<at::Tensor> tensors, Milliseconds timeout) override {
@@ -149,9 +117,8 @@ class ShmGroup : public ProcessGroup {
     return std::make_unique<ShmGroup>(control_->split(color, key, name), channel_->memory, channel_->options);
   }
 
-  // The mailbox is not used again: a peer may look into it once more.
   void close() override {
-    static_cast<void>(new ShmMemory::Block(std::move(channel_->mailbox)));
+    retire(*channel_);
     control_->close();
   }
 
@@ -172,6 +139,49 @@ class ShmGroup : public ProcessGroup {
 };
 
 }  // namespace
+
+std::shared_ptr<ShmChannel> make_shm_channel(std::shared_ptr<ShmMemory> memory, ProcessGroup& control,
+                                             ShmOptions options) {
+  auto channel = std::make_shared<ShmChannel>();
+  LOCKSTEP_CHECK(options.letter_bytes <= kShmLetterBytes) << "letters of " << options.letter_bytes << " bytes";
+  channel->options = options;
+  channel->name = control.name();
+  channel->rank = control.rank();
+  channel->size = control.size();
+  channel->mailbox = memory->allocate(sizeof(ShmMailbox));
+  if (channel->mailbox) new (channel->mailbox.data()) ShmMailbox;
+  struct Place {
+    int64_t arena, mailbox;
+  };
+  const auto places =
+      all_gather_values(control, Place{memory->rank(), channel->mailbox ? channel->mailbox.offset() : -1});
+  for (const Place& place : places) {
+    if (place.mailbox < 0) throw CollectiveError("no shared memory is left for group " + control.name());
+    channel->arenas.push_back(static_cast<int>(place.arena));
+    channel->mail.push_back(reinterpret_cast<ShmMailbox*>(memory->at(static_cast<int>(place.arena), place.mailbox)));
+  }
+  channel->plan = FoldPlan::of_leaves(channel->size);
+  channel->num_spins = spins_for(memory->size());
+  channel->memory = std::move(memory);
+  return channel;
+}
+
+std::unique_ptr<ProcessGroup> make_shm_group(std::unique_ptr<ProcessGroup> control, std::shared_ptr<ShmMemory> memory,
+                                             ShmOptions options) {
+  return std::make_unique<ShmGroup>(std::move(control), std::move(memory), options);
+}
+
+at::Tensor empty_in(ShmMemory& memory, int64_t numel, at::TensorOptions options) {
+  if (!options.device().is_cpu()) return at::empty({numel}, options);
+  auto block =
+      std::make_shared<ShmMemory::Block>(memory.allocate(numel * static_cast<int64_t>(options.dtype().itemsize())));
+  if (!*block) return at::empty({numel}, options);
+  void* data = block->data();
+  return at::from_blob(
+      data, {numel}, [block = std::move(block)](void*) mutable { block.reset(); }, options);
+}
+
+void retire(ShmChannel& channel) { keep_for_ever({}, std::move(channel.mailbox)); }
 
 std::unique_ptr<ProcessGroup> make_shm_group(std::unique_ptr<ProcessGroup> control, ShmOptions options) {
   auto memory = ShmMemory::make(*control);

@@ -14,7 +14,7 @@ namespace lockstep {
 
 class ShmOperation;
 struct ShmProgress {
-  std::mutex mutex;  // held while any of them moves on
+  std::recursive_mutex mutex;  // held while any of them moves on; some consist of others
   std::vector<ShmOperation*> under_way;
 };
 

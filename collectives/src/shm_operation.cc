@@ -87,6 +87,7 @@ void ShmOperation::leave() noexcept {
   std::erase(progress.under_way, this);
   if (is_done_) return;
   channel_->is_broken = true;
+  kept_.push_back(std::move(first_));
   keep_for_ever(std::move(kept_), {});
   keep_rest_for_ever();
 }
@@ -118,6 +119,13 @@ void ShmOperation::move_others_on() {
       other->channel_->is_broken = true;
     }
   }
+}
+
+// Others too: this one may need the slot of an earlier one.
+bool ShmOperation::poll() {
+  if (poll_alone()) return true;
+  move_others_on();
+  return poll_alone();
 }
 
 void ShmOperation::wait() {
@@ -212,7 +220,7 @@ bool ShmExchange::is_behind_all(ShmStep step, uint64_t rounds) {
 ShmOperation::Progress ShmExchange::advance() {
   bool moved = false;
   if (!is_posted_) {
-    if (!channel_->has_slot_for(call_)) return Progress::kNone;
+    if (!channel_->has_slot_for(call_) || !may_post()) return Progress::kNone;
     ShmSlot& mine = slot(channel_->rank);
     mine.heading = heading_;
     mine.source = source_;
@@ -256,7 +264,9 @@ bool ShmExchange::fill_ring() {
 // At most one round of each step, so that a poll is short.
 bool ShmExchange::run() {
   bool moved = false;
-  if (has_fold_ && mine_[kFolded] < rounds_ && is_behind_all(kStaged, mine_[kFolded] + 1)) {
+  // Where results go by the ring, its part must be free for them: staging has seen to that.
+  const uint64_t may_fold = has_ring_ ? mine_[kStaged] : rounds_;
+  if (has_fold_ && mine_[kFolded] < may_fold && is_behind_all(kStaged, mine_[kFolded] + 1)) {
     step(kFolded);
     moved = true;
   }
@@ -285,7 +295,7 @@ void copy_past_caches(std::byte* to, const std::byte* from, int64_t bytes) {
 #if defined(__x86_64__)
   const auto misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % 16);
   const int64_t head = misaligned == 0 ? 0 : std::min(bytes, 16 - misaligned);
-  std::memcpy(to, from, head);
+  std::memcpy(to, from, static_cast<size_t>(head));
   int64_t i = head;
   for (; i + 64 <= bytes; i += 64) {
     const auto* in = reinterpret_cast<const __m128i*>(from + i);
@@ -297,10 +307,10 @@ void copy_past_caches(std::byte* to, const std::byte* from, int64_t bytes) {
     _mm_stream_si128(out + 2, c);
     _mm_stream_si128(out + 3, d);
   }
-  std::memcpy(to + i, from + i, bytes - i);
+  std::memcpy(to + i, from + i, static_cast<size_t>(bytes - i));
   _mm_sfence();  // else a later release store could be seen first
 #else
-  std::memcpy(to, from, bytes);
+  std::memcpy(to, from, static_cast<size_t>(bytes));
 #endif
 }
 

@@ -91,8 +91,9 @@ class ShmOperation : public Work::Operation {
   ShmOperation(const ShmOperation&) = delete;
   ShmOperation& operator=(const ShmOperation&) = delete;
   void wait() final;
-  bool poll() final { return move_on() == Progress::kDone; }
-  void keep(const at::Tensor& tensor) { kept_.push_back(tensor); }
+  bool poll() final;
+  bool poll_alone() { return move_on() == Progress::kDone; }  ///< as a part of another operation
+  void keep(const at::Tensor& tensor) { (first_.defined() ? kept_.emplace_back() : first_) = tensor; }
 
  protected:
   template <typename Operation>
@@ -120,6 +121,7 @@ class ShmOperation : public Work::Operation {
   std::chrono::steady_clock::time_point deadline_;
   std::atomic<bool> is_done_{false};
   std::exception_ptr failure_;
+  at::Tensor first_;  // kept too; most operations have no other
   std::vector<at::Tensor> kept_;
 };
 
@@ -168,6 +170,7 @@ class ShmExchange : public ShmOperation {
   virtual void stage(uint64_t) {}
   virtual void fold_round(uint64_t) {}
   virtual void take(uint64_t) {}
+  virtual bool may_post() { return true; }
   virtual bool may_take() const { return true; }
   bool have_met() const { return have_met_; }
 
@@ -208,7 +211,7 @@ class ShmExchange : public ShmOperation {
 /// process ends.
 void keep_for_ever(std::vector<at::Tensor> tensors, ShmMemory::Block block);
 
-/// Copies past the caches where `bytes` is a part of something large that nobody reads soon.
+/// Copies parts that do not overlap to memory, not to this core's caches.
 void copy_past_caches(std::byte* to, const std::byte* from, int64_t bytes);
 
 }  // namespace lockstep

@@ -372,7 +372,9 @@ TEST_P(ProcessGroupTest, SplitMakesGroupsByColorOrderedByKeyThenRank) {
     const auto n = static_cast<int64_t>(members.size());
     EXPECT_EQ(by_rank->size(), n);
     EXPECT_EQ(by_rank->name(), "by rank");
-    EXPECT_STREQ(by_rank->backend(), group.backend());
+    if (group.backend() != std::string("two_level")) {  // a part of it may lie on one node, or hold one rank of each
+      EXPECT_STREQ(by_rank->backend(), group.backend());
+    }
     at::Tensor all = at::empty({n}, at::kLong);
     by_rank->all_gather(all, at::full({1}, me, at::kLong)).wait();
     EXPECT_EQ(difference(all, made(n, at::kLong, [&](int64_t i) { return members[i]; })), "");
