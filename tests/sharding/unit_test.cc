@@ -18,7 +18,7 @@ struct Calls : UnitRuntime {
   }
 };
 
-void bind(torch::nn::Module& model, UnitRuntime& runtime) {
+void bind_units(torch::nn::Module& model, UnitRuntime& runtime) {
   const auto units = find_units(model);
   for (size_t i = 0; i < units.size(); ++i) {
     if (units[i].unit) units[i].unit->bind(&runtime, i);
@@ -46,7 +46,7 @@ TEST(UnitTest, AUnitIsItsLayerAndCallsTakeTheDetour) {
 
   const at::Tensor x = torch::randn({2, 3}), plain = model->forward(x);
   Calls calls;
-  bind(*model, calls);
+  bind_units(*model, calls);
   EXPECT_TRUE(model->forward(x).equal(plain)) << "out of a Sequential";
   EXPECT_TRUE(block->forward(x).equal(block->BlockImpl::forward(x)));
   EXPECT_EQ(calls.units, (std::vector<size_t>{1, 1}));
