@@ -129,9 +129,9 @@ TEST(UnitTest, WithoutStorageAUnitHasShapesOnly) {
 TEST(UnitTest, AUnitInsideAUnitIsRefused) {
   const auto outer = unit<torch::nn::Sequential>();
   outer->push_back("inner", unit<Block>(3));
-  torch::nn::Module model;
-  model.register_module("outer", outer);
-  EXPECT_THROW(find_units(model), ConfigError);
+  const auto model = std::make_shared<torch::nn::Module>();  // LibTorch walks modules that are shared alone
+  model->register_module("outer", outer);
+  EXPECT_THROW(find_units(*model), ConfigError);
 }
 
 }  // namespace
