@@ -160,6 +160,7 @@ TEST(MixtureOfExpertsTest, ASequenceThatIsCutHasOneBalance) {
 
 // Fills this rank's rows of what one rank would have.
 void initialize_part(MixtureOfExperts& module, const torch::nn::Module& whole) {
+  const torch::NoGradGuard no_grad;
   for (const ParameterPlacement& placement : placements(module, {})) {
     fill_part(module.named_parameters()[placement.name], placement,
               [&](const at::Tensor& values) { values.copy_(whole.named_parameters()[placement.name].detach()); });

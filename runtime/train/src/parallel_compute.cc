@@ -289,7 +289,7 @@ void ParallelModel::join_tied() {
     const ModelParameter& parameter = table_.locals()[table_.trainable()[k]];
     if (!parameter.is_tied_away || is_planted(Plant::kMissingTiedSum)) continue;
     const auto& stages = table_.stages_of(parameter.own_name);
-    const at::Tensor piece = sync_->piece_of(k);
+    const at::Tensor piece = places_[k].sync->piece_of(places_[k].index);
     const bool is_first = parameter.name == parameter.own_name;
     sum_tied_gradients(mesh_.pipeline(), stages.front(), stages.back(), is_first ? piece : at::Tensor(),
                        is_first ? at::Tensor() : piece, options_.runtime.collective_timeout);
