@@ -68,11 +68,7 @@ at::Tensor bf16_weight(const at::Tensor& weight) {
   auto& [sizes, strides, generation, version, copy] = cache().weights[{plain.const_data_ptr(), plain.numel()}];
   const bool same_view = plain.sizes() == sizes && plain.strides() == strides;
   if (!same_view || generation != g_generation || version != plain._version()) {
-    if (copy.defined() && same_view && copy.use_count() == 1) {
-      copy.copy_(plain);
-    } else {
-      copy = plain.to(at::kBFloat16);
-    }
+    copy = plain.to(at::kBFloat16);  // a new one: graphs may still hold the old one's memory
     sizes = plain.sizes().vec();
     strides = plain.strides().vec();
     generation = g_generation;

@@ -81,8 +81,11 @@ void ParameterTable::find_globals(torch::nn::Module& model, const Mesh& mesh) {
     if (local.first_use >= 0) continue;
     json parts = json::array();
     for (const Part& part : local.placement.parts) parts.push_back({part.begin, part.size});
-    mine.push_back({local.own_name, local.placement.shape, checkpoint::dtype_name(local.tensor.scalar_type()), false,
-                    local.is_trainable, i, local.placement.tensor_dim, parts, local.placement.is_of_experts()});
+    // A scalar is stored as one row, which a rank can hold or not.
+    const auto& whole = local.placement.shape;
+    mine.push_back({local.own_name, whole.empty() ? std::vector<int64_t>{1} : whole,
+                    checkpoint::dtype_name(local.tensor.scalar_type()), false, local.is_trainable, i,
+                    local.placement.tensor_dim, parts, local.placement.is_of_experts()});
   }
   for (const auto& item : model.named_buffers()) {
     mine.push_back({item.key(), item.value().sizes().vec(), checkpoint::dtype_name(item.value().scalar_type()), true,

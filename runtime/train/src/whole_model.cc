@@ -18,7 +18,8 @@ std::shared_ptr<torch::nn::Module> load_whole_model(Fs& fs, Task& task, const st
   std::vector<checkpoint::StateTensor> state;
   const auto add = [&](const std::string& section, const std::string& name, const at::Tensor& tensor) {
     const auto dtype = checkpoint::dtype_name(tensor.scalar_type());
-    state.push_back({section, ShardLayout::replicated(name, tensor.sizes().vec(), dtype, 1), tensor.detach()});
+    const at::Tensor stored = section == "weights" && tensor.dim() == 0 ? tensor.detach().view({1}) : tensor.detach();
+    state.push_back({section, ShardLayout::replicated(name, stored.sizes().vec(), dtype, 1), stored});
   };
   for (const auto& item : model->named_parameters()) {
     if (!second_uses.contains(item.key())) add("weights", item.key(), item.value());
