@@ -120,6 +120,7 @@ StepReport ParallelModel::compute(int64_t step, int64_t divisor, const std::vect
   join_tied();
   report.squares = sync_->publish();
   if (expert_sync_) report.squares.merge(expert_sync_->publish());
+  if (mesh_.context().rank() != 0) report.squares = {};  // equal on all ranks of a context group
   return report;
 }
 

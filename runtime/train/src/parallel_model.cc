@@ -159,7 +159,7 @@ size_t ParallelModel::part_of(const FoundUnit& unit) const {
 bool ParallelModel::is_counted(const ModelParameter& parameter) const {
   const bool is_first_copy = parameter.placement.is_first_holder() || is_planted(Plant::kReplicaCountedTwice);
   const bool is_first_use = !parameter.is_tied_away || parameter.name == parameter.own_name;
-  return is_first_copy && mesh_.context().rank() == 0 && (is_first_use || is_planted(Plant::kTiedCountedTwice));
+  return is_first_copy && (is_first_use || is_planted(Plant::kTiedCountedTwice));
 }
 
 void ParallelModel::build_sync() {
