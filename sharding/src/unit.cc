@@ -36,7 +36,7 @@ std::vector<FoundUnit> find_units(torch::nn::Module& model) {
                           ". Mend: mark the outer or the inner one");
       }
     }
-    units.push_back(std::move(found));
+    if (!found.parameter_names.empty()) units.push_back(std::move(found));  // nothing to gather or free
   };
   for (const auto& item : model.named_modules()) consider(item.key(), *item.value());
   for (const auto& item : model.named_parameters()) {
