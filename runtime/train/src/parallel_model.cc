@@ -187,7 +187,7 @@ void ParallelModel::build_sync() {
                                                                .parts = parts,
                                                                .on_unit_done =
                                                                    [this](size_t unit) {
-                                                                     if (fully_sharded_)
+                                                                     if (fully_sharded_ && !has_frozen(unit))
                                                                        fully_sharded_->after_backward(unit);
                                                                    },
                                                                .timeout = options_.runtime.collective_timeout,
@@ -250,6 +250,13 @@ std::pair<int, int> ParallelModel::sharding(bool is_of_experts, int data_rank) c
   const int shared_by = is_of_experts ? options_.mesh.expert : 1;
   const int count = std::max(1, options_.num_shards() / shared_by);
   return {count, data_rank / shared_by % count};
+}
+
+// Then what is left of the unit's backward may still read them when its last gradient is there.
+bool ParallelModel::has_frozen(size_t unit) const {
+  return std::any_of(table_.locals().begin(), table_.locals().end(), [unit](const ModelParameter& parameter) {
+    return parameter.unit == unit && !parameter.is_trainable;
+  });
 }
 
 // This rank's rows of a parameter where it is sharded, else all of it.
