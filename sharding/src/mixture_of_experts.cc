@@ -81,7 +81,7 @@ ParameterPlacement ExpertLinear::placement(const std::string&) const {
 
 std::map<std::string, std::vector<at::Tensor>> expert_uses(torch::nn::Module& model) {
   std::map<std::string, std::vector<at::Tensor>> uses;
-  for (const auto& item : model.named_modules()) {
+  for (const auto& item : model.named_modules(/*name_prefix=*/"", /*include_self=*/false)) {
     if (auto* const experts = dynamic_cast<ExpertLinear*>(item.value().get()))
       uses[item.key() + ".weight"] = experts->uses();
   }
