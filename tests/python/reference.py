@@ -17,11 +17,16 @@ def newest_checkpoint(run_dir, step=None):
 
 
 def read_weights(checkpoint):
-    """All whole weights of a checkpoint: plain names are weights, 'section:name' the rest."""
-    tensors = {}
-    for shard in sorted(pathlib.Path(checkpoint).glob("*.safetensors")):
-        tensors |= safetensors.torch.load_file(shard)
-    return {name: tensor for name, tensor in tensors.items() if ":" not in name}
+    """The weights of a checkpoint, whole: each is put together from the boxes that ranks wrote. Plain names are weights, 'section:name' the rest."""
+    manifest, _ = json.JSONDecoder().raw_decode(pathlib.Path(checkpoint, "MANIFEST").read_text())
+    shards = [safetensors.torch.load_file(pathlib.Path(checkpoint, file["name"])) for file in manifest["files"]]
+    weights = {}
+    for name, tensor in manifest["tensors"].items():
+        if ":" not in name:
+            weights[name] = torch.empty(tensor["shape"])
+            for box in tensor["boxes"]:
+                weights[name][tuple(slice(offset, offset + size) for offset, size in zip(box["offsets"], box["sizes"]))] = shards[box["file"]][name]
+    return weights
 
 
 def read_metrics(run_dir):
