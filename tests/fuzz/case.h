@@ -64,7 +64,7 @@ Case draw(int64_t seed);
 /// Turns any numbers into a case that Lockstep promises to run.
 void repair(Case& c);
 
-/// "seed=3 model=1 layout.data=4": what differs from the default.
+/// "data=4 model=1 seed=3": what differs from the default.
 std::string to_text(const Case& c);
 /// @throws ConfigError what is no such text.
 Case parse(const std::string& text);

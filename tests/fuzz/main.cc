@@ -20,6 +20,7 @@ DEFINE_string(replay, "", "one case, as a failure printed it; shows what its run
 DEFINE_string(plant, "", "a bug to plant (--check_plants lists them)");
 DEFINE_bool(check_plants, false, "plants each bug, or those of --plant=a,b, and looks for it: all must be found");
 DEFINE_bool(shrink, true, "make a failing case simpler");
+DEFINE_bool(keep_going, false, "tell of every seed that fails, as it is");
 DEFINE_int32(timeout_s, 30, "of a collective: a rank that waits longer waits in vain");
 DEFINE_string(worker, "", "(internal) work on cases from stdin in this folder");
 
@@ -47,14 +48,18 @@ class WorkDir {
 struct Failure {
   Case c;
   Verdict verdict;
-  int64_t cases = 0;  // run until then
 };
 
-// The first failure among the seeds.
+void print(const Failure& failure) {
+  std::cout << "FAILED: seed " << failure.c.seed << "\n  " << failure.verdict.text << "\n  case: " << to_text(failure.c)
+            << std::endl;
+}
+
+// The first failure among the seeds; with --keep_going the last, and all are printed.
 std::optional<Failure> search(const WorkerOptions& options, int64_t first_seed, int64_t seeds,
                               const std::string& plant) {
   std::optional<Failure> failure;
-  int64_t seed = first_seed, cases = 0;
+  int64_t seed = first_seed;
   run_on_workers(
       options,
       [&]() -> std::optional<Case> {
@@ -64,11 +69,18 @@ std::optional<Failure> search(const WorkerOptions& options, int64_t first_seed, 
         return c;
       },
       [&](const Case& c, const Verdict& verdict) {
-        ++cases;
-        if (verdict.kind != Verdict::kSame) failure = {c, verdict, cases};
-        return !failure;
+        if (verdict.kind == Verdict::kSame) return true;
+        failure = {c, verdict};
+        if (FLAGS_keep_going) print(*failure);
+        return FLAGS_keep_going;
       });
   return failure;
+}
+
+// What failed, as far as another case can fail in the same way: of a message what comes before its first number.
+std::pair<Verdict::Kind, std::string> way_of(const Verdict& verdict) {
+  const bool has_message = verdict.kind == Verdict::kThrew || verdict.kind == Verdict::kRefused;
+  return {verdict.kind, has_message ? verdict.text.substr(0, verdict.text.find_first_of("0123456789")) : ""};
 }
 
 constexpr std::chrono::minutes kShrinkLimit{5};  // cases that hang take long
@@ -80,7 +92,7 @@ Failure shrunk(const WorkerOptions& options, Failure failure) {
     has_changed = false;
     auto candidates = simpler(failure.c);
     size_t next = 0;
-    const Verdict::Kind kind = failure.verdict.kind;
+    const auto way = way_of(failure.verdict);
     run_on_workers(
         options,
         [&]() -> std::optional<Case> {
@@ -88,18 +100,13 @@ Failure shrunk(const WorkerOptions& options, Failure failure) {
           return candidates[next++];
         },
         [&](const Case& c, const Verdict& verdict) {
-          if (verdict.kind != kind) return true;
-          failure = {c, verdict, failure.cases};
+          if (way_of(verdict) != way) return true;
+          failure = {c, verdict};
           has_changed = true;
           return false;
         });
   }
   return failure;
-}
-
-void print(const Failure& failure) {
-  std::cout << "FAILED: seed " << failure.c.seed << "\n  " << failure.verdict.text << "\n  case: " << to_text(failure.c)
-            << std::endl;
 }
 
 int fuzz(const WorkerOptions& options) {
@@ -111,6 +118,7 @@ int fuzz(const WorkerOptions& options) {
               << " s" << std::endl;
     return 0;
   }
+  if (FLAGS_keep_going) return 1;
   print(*failure);
   if (FLAGS_shrink) {
     std::cout << "making it simpler ..." << std::endl;
@@ -121,19 +129,32 @@ int fuzz(const WorkerOptions& options) {
   return 1;
 }
 
+// The first case that fails because of the bug: without it, it does not.
+std::optional<Failure> find_plant(const WorkerOptions& options, const std::string& plant) {
+  const int64_t end = FLAGS_first_seed + FLAGS_seeds;
+  for (int64_t seed = FLAGS_first_seed; seed < end;) {
+    const auto failure = search(options, seed, end - seed, plant);
+    if (!failure) return std::nullopt;
+    Case sound = failure->c;
+    sound.plant.clear();
+    if (run_on_worker(options, sound).kind == Verdict::kSame) return failure;
+    std::cout << "(seed " << sound.seed << " fails without a planted bug)" << std::endl;
+    seed = sound.seed + 1;
+  }
+  return std::nullopt;
+}
+
 int check_plants(const WorkerOptions& options) {
   int missed = 0;
   for (const auto& [name, plant] : kPlants) {
     const std::string wanted = "," + FLAGS_plant + ",";
     if (!FLAGS_plant.empty() && wanted.find("," + std::string(name) + ",") == std::string::npos) continue;
-    const auto failure = search(options, FLAGS_first_seed, FLAGS_seeds, std::string(name));
+    const auto failure = find_plant(options, std::string(name));
     missed += failure ? 0 : 1;
-    std::cout << name << ": ";
     if (failure)
-      std::cout << "found, case " << failure->cases << ", seed " << failure->c.seed << ": " << failure->verdict.text;
+      std::cout << name << ": found by seed " << failure->c.seed << ": " << failure->verdict.text << std::endl;
     else
-      std::cout << "MISSED in " << FLAGS_seeds << " seeds";
-    std::cout << std::endl;
+      std::cout << name << ": MISSED in " << FLAGS_seeds << " seeds" << std::endl;
   }
   return missed == 0 ? 0 : 1;
 }
