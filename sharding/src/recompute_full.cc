@@ -107,6 +107,8 @@ class FirstRunHooks : public SavedVariableHooks {
   ~FirstRunHooks() override {
     if (is_packed_) layer_->forget(index_);
   }
+  FirstRunHooks(const FirstRunHooks&) = delete;
+  FirstRunHooks& operator=(const FirstRunHooks&) = delete;
   void call_pack_hook(const at::Tensor& tensor) override {
     if (is_parameter(tensor)) {
       parameter_ = tensor;

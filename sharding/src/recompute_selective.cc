@@ -106,6 +106,7 @@ class SelectiveSaver : public Saver, public nn::RemakeListener {
 
   void made(const at::Tensor& output, const std::vector<at::Tensor>& inputs, Make make) override {
     std::vector<std::unique_ptr<Later>> kept;
+    kept.reserve(inputs.size());
     for (const auto& input : inputs) kept.push_back(later(input));
     sources_.insert_or_assign(output.storage().unsafeGetStorageImpl(),
                               Source{output.storage().getWeakStorageImpl(), output._version(),

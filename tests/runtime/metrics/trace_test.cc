@@ -27,6 +27,7 @@ std::vector<json> events_of(const json& trace, const std::string& phase, int ran
 
 std::vector<std::string> names(const std::vector<json>& events) {
   std::vector<std::string> names;
+  names.reserve(events.size());
   for (const auto& event : events) names.push_back(event.at("name"));
   return names;
 }
@@ -115,7 +116,7 @@ TEST(TraceTest, AFullTraceDropsWhatComesLaterAndSaysHowMuch) {
   Trace trace(5);
   const int track = trace.track("compute");
   trace.start();
-  for (int i = 0; i < 12; ++i) trace.record(track, i < 5 ? "early" : "late", "x", 1000 * i, 10);
+  for (int i = 0; i < 12; ++i) trace.record(track, i < 5 ? "early" : "late", "x", 1000L * i, 10);
   EXPECT_EQ(trace.num_dropped(), 7);
   const json written = parsed({trace.take_bytes()});
   EXPECT_THAT(names(events_of(written, "X", 0)), testing::Each("early"));
@@ -148,9 +149,11 @@ TEST(TraceTest, OffItRecordsNothing) {
 TEST(TraceTest, ThreadsAtOnceLoseNothing) {
   Trace trace(8000);
   std::vector<int> tracks;
+  tracks.reserve(4);
   for (int i = 0; i < 4; ++i) tracks.push_back(trace.track("lane " + std::to_string(i)));
   trace.start();
   std::vector<std::thread> threads;
+  threads.reserve(tracks.size());
   for (const int track : tracks) {
     threads.emplace_back([&trace, track] {
       for (int i = 0; i < 2000; ++i) trace.record(track, "event", "x", i, 1, {{"i", i}});
@@ -170,6 +173,7 @@ TEST(TraceTest, EveryDroppedEventIsCounted) {
   const int track = trace.track("compute");
   trace.start();
   std::vector<std::thread> threads;
+  threads.reserve(4);
   for (int i = 0; i < 4; ++i) {
     threads.emplace_back([&] {
       for (int event = 0; event < 200'000; ++event) trace.record(track, "event", "x", event, 1);
@@ -202,7 +206,7 @@ TEST(TraceTest, ClocksAreBroughtTogetherByTheQuickestExchange) {
   const int64_t ahead = 3'000'000'000'000;  // the reference's
   std::vector<ClockExchange> exchanges;
   for (const auto& [there, back] : {std::pair(40'000, 900'000), std::pair(5'000, 5'200), std::pair(300'000, 50'000)}) {
-    const int64_t sent = 1'000'000'000'000'000'000 + 7 * there;
+    const int64_t sent = 1'000'000'000'000'000'000 + 7L * there;
     exchanges.push_back({sent, sent + there + ahead, sent + there + 1'000 + ahead, sent + there + 1'000 + back});
   }
   EXPECT_NEAR(static_cast<double>(clock_offset_ns(exchanges) - ahead), 0, 100);
