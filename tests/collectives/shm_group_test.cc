@@ -2,6 +2,8 @@
 #include <functional>
 #include <string>
 
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -72,6 +74,22 @@ TEST(ShmGroupTest, LargeTensorsOfAnyMemoryAndAlignmentAreSummed) {
       world->barrier();
     }
   }
+  world->close();
+}
+
+TEST(ShmGroupTest, ARingIsNotFilledAgainBeforeAllHaveTakenFromIt) {  // a matter of time: hence the repetitions
+  const auto world = make_shm_group(make_mpi_world(), {.round_bytes = int64_t{64} << 10});
+  constexpr int64_t kNumel = 1'300'021;
+  const at::Tensor mine = made(kNumel, at::kFloat, [&](int64_t i) { return term(world->rank(), i); });
+  const at::Tensor wanted = made(kNumel, at::kFloat, [&](int64_t i) { return sum_of_terms(world->size(), i); });
+  at::Tensor x = at::empty_like(mine);
+  int wrong = 0;
+  for (int repetition = 0; repetition < 30; ++repetition) {
+    x.copy_(mine);
+    world->all_reduce(x).wait();
+    wrong += x.equal(wanted) ? 0 : 1;
+  }
+  EXPECT_EQ(wrong, 0);
   world->close();
 }
 

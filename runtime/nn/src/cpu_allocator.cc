@@ -59,19 +59,22 @@ static_assert(sizeof(Header) <= kLine);
 
 thread_local MemoryKind t_kind = MemoryKind::kOther;
 
-// Bytes in use and the most there ever were. A line of its own: lanes write different ones at once.
-struct alignas(64) Gauge {
-  std::atomic<int64_t> current{0}, peak{0};
+// Bytes in use and the most there ever were, by kind, and of all blocks. What every block of every lane changes shares
+// one line, which a lane has to fetch once a block; peaks have another, that is hardly ever written.
+constexpr size_t kAll = kMemoryKinds;
+struct Gauges {
+  alignas(64) std::array<std::atomic<int64_t>, kMemoryKinds + 1> current{};
+  alignas(64) std::array<std::atomic<int64_t>, kMemoryKinds + 1> peak{};
 
-  void add(int64_t bytes) {
-    const int64_t now = current.fetch_add(bytes, std::memory_order_relaxed) + bytes;
-    int64_t before = peak.load(std::memory_order_relaxed);
-    while (now > before && !peak.compare_exchange_weak(before, now, std::memory_order_relaxed)) {
+  void add(size_t which, int64_t bytes) {
+    const int64_t now = current[which].fetch_add(bytes, std::memory_order_relaxed) + bytes;
+    int64_t before = peak[which].load(std::memory_order_relaxed);
+    while (now > before && !peak[which].compare_exchange_weak(before, now, std::memory_order_relaxed)) {
     }
   }
-  void subtract(int64_t bytes) { current.fetch_sub(bytes, std::memory_order_relaxed); }
-  void reset_peak() { peak = current.load(); }
+  void subtract(size_t which, int64_t bytes) { current[which].fetch_sub(bytes, std::memory_order_relaxed); }
 };
+static_assert(sizeof(Gauges) == 128);
 
 struct alignas(64) FreeList {
   std::mutex mutex;
@@ -85,9 +88,10 @@ class CachingAllocator : public c10::Allocator {
     const int size_class = class_of(bytes);
     if (size_class >= kClasses) throw std::bad_alloc();
     void* block = take(size_class);
-    auto& header = *static_cast<Header*>(block);
-    header = {size_class, t_kind, static_cast<int64_t>(bytes)};
-    kinds_[static_cast<size_t>(header.kind)].add(header.bytes);
+    const Header header{size_class, t_kind, static_cast<int64_t>(bytes)};
+    *static_cast<Header*>(block) = header;
+    gauges_.add(kAll, static_cast<int64_t>(bytes_of(size_class)));
+    gauges_.add(static_cast<size_t>(header.kind), header.bytes);
     void* data = static_cast<char*>(block) + kLine;
     return {data, data, &release, at::kCPU};
   }
@@ -95,16 +99,15 @@ class CachingAllocator : public c10::Allocator {
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 
   static CpuMemory memory() {
-    const int64_t current = all_.current;
-    return {current, all_.peak, owned_ - current};
+    const int64_t current = gauges_.current[kAll];
+    return {current, gauges_.peak[kAll], owned_ - current};
   }
   static KindMemory memory(MemoryKind kind) {
-    const Gauge& gauge = kinds_[static_cast<size_t>(kind)];
-    return {gauge.current, gauge.peak};
+    const auto which = static_cast<size_t>(kind);
+    return {gauges_.current[which], gauges_.peak[which]};
   }
   static void reset_peaks() {
-    all_.reset_peak();
-    for (Gauge& gauge : kinds_) gauge.reset_peak();
+    for (size_t which = 0; which <= kAll; ++which) gauges_.peak[which] = gauges_.current[which].load();
   }
 
  private:
@@ -125,7 +128,6 @@ class CachingAllocator : public c10::Allocator {
       if (!block) throw std::bad_alloc();
       owned_ += bytes;
     }
-    all_.add(bytes);
     return block;
   }
 
@@ -134,8 +136,8 @@ class CachingAllocator : public c10::Allocator {
     void* block = static_cast<char*>(data) - kLine;
     const Header header = *static_cast<Header*>(block);
     const auto bytes = static_cast<int64_t>(bytes_of(header.size_class));
-    kinds_[static_cast<size_t>(header.kind)].subtract(header.bytes);
-    all_.subtract(bytes);
+    gauges_.subtract(kAll, bytes);
+    gauges_.subtract(static_cast<size_t>(header.kind), header.bytes);
     FreeList& list = lists()[header.size_class];
     const std::lock_guard lock(list.mutex);
     list.blocks.push_back(block);
@@ -146,8 +148,7 @@ class CachingAllocator : public c10::Allocator {
     return *lists;
   }
 
-  static inline Gauge all_;
-  static inline std::array<Gauge, kMemoryKinds> kinds_;
+  static inline Gauges gauges_;
   static inline std::atomic<int64_t> owned_{0};  // in use or kept: changes with new blocks only
 };
 
