@@ -1,23 +1,32 @@
 #!/usr/bin/env bash
-# lint.sh BUILD JOBS: clang-tidy over every source, several at a time. Files that pass are not looked at again until they, a header or
-# the rules change.
+# lint.sh BUILD JOBS: clang-tidy over every source, several at a time. A file that passes is not looked at again until it, a header of
+# ours that it includes or the rules change.
 set -uo pipefail
 build=$1 jobs=$2
 cache=$build/lint; mkdir -p "$cache"
-rules=$(cat .clang-tidy $(git ls-files '*.h') | sha256sum | cut -c1-16)
-export build cache rules
-check() {
-  mark=$cache/$(cat "$1" | sha256sum | cut -c1-16)-$rules
-  [ ! -e "$mark" ] || return 0
-  # gcc's precompiled header and gcc-only flags mean nothing to clang.
-  if clang-tidy-14 --quiet -p "$cache" "$1" 2> "$cache/$(basename "$1").err"; then touch "$mark"; else echo "clang-tidy: $1"; return 1; fi
+export cache
+check() {  # check SOURCE KEY
+  [ ! -e "$cache/$2" ] || return 0
+  if clang-tidy-14 --quiet -p "$cache" "$1" 2> "$cache/$(basename "$1").err"; then touch "$cache/$2"; else echo "clang-tidy: $1"; return 1; fi
 }
 export -f check
-python3 - "$build/compile_commands.json" "$cache/compile_commands.json" <<'P'
-import json, re, sys
-commands = json.load(open(sys.argv[1]))
+# gcc's precompiled header and gcc-only flags mean nothing to clang. Prints each source with the digest of all that its verdict hangs on.
+python3 - "$build" "$cache" <<'P' | xargs -P "$jobs" -L 1 bash -c 'check "$@"' check
+import hashlib, json, os, re, subprocess, sys
+build, cache = sys.argv[1:]
+root = os.getcwd()
+commands = json.load(open(f"{build}/compile_commands.json"))
 for entry in commands:
     entry["command"] = re.sub(r"-include \S*cmake_pch\.hxx|-Winvalid-pch|-Wno-missing-field-initializers", "", re.sub(r"^.*?(?=/\S*c\+\+ )", "", entry["command"]))
-json.dump(commands, open(sys.argv[2], "w"))
+json.dump(commands, open(f"{cache}/compile_commands.json", "w"))
+includes = {}
+for block in subprocess.run(["ninja", "-C", build, "-t", "deps"], capture_output=True, text=True, check=True).stdout.split("\n\n"):
+    files = [os.path.relpath(os.path.join(build, line.strip()), root) for line in block.splitlines()[1:]]
+    ours = [file for file in files if not file.startswith(("build/", ".."))]
+    if ours: includes[next((file for file in ours if file.endswith(".cc")), ours[0])] = ours
+for source in subprocess.run(["git", "ls-files", "*.cc"], capture_output=True, text=True, check=True).stdout.split():
+    if source.endswith("torch_pch.cc"): continue
+    key = hashlib.sha256()
+    for file in [".clang-tidy", source, *sorted(includes.get(source, []))]: key.update(open(file, "rb").read())
+    print(source, key.hexdigest()[:24])
 P
-git ls-files '*.cc' | grep -v torch_pch.cc | xargs -P "$jobs" -I{} bash -c 'check {}'
