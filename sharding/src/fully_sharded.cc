@@ -120,6 +120,7 @@ void FullySharded::prefetch_beside(size_t unit, int direction) {
 void FullySharded::begin(bool both) {
   both_ = both;
   seen_.clear();
+  calls_.clear();
   for (size_t unit = 0; unit < units_.size(); ++unit) {
     if (units_[unit]->unit.stays) require(unit);
   }
@@ -139,14 +140,20 @@ void FullySharded::after_forward(size_t unit) {
   if (!units_[unit]->unit.stays && !needed_at_once) free(unit);
 }
 
+// Autograd runs what was made later first: units that had their turn are done.
 void FullySharded::before_backward(size_t unit) {
   if (units_[unit]->unit.stays) return;
+  for (const BackwardCall& call : calls_) {
+    if (call.is_before && call.unit != unit) free(call.unit);
+  }
+  calls_.push_back({unit, /*is_before=*/true, false});
   require(unit);
   prefetch_beside(unit, -1);
 }
 
-void FullySharded::after_backward(size_t unit) {
-  if (!units_[unit]->unit.stays) free(unit);
+void FullySharded::after_backward(size_t unit, bool still_read) {
+  calls_.push_back({unit, /*is_before=*/false, still_read});
+  if (!units_[unit]->unit.stays && !still_read) free(unit);
 }
 
 void FullySharded::end() {
@@ -154,6 +161,7 @@ void FullySharded::end() {
     if (!units_[unit]->unit.stays) free(unit);
   }
   if (seen_.size() == order_.size()) order_ = seen_;
+  if (!calls_.empty()) backward_[units_[calls_[0].unit]->unit.part] = std::move(calls_);
 }
 
 void FullySharded::absent_forward(size_t part) {
@@ -166,12 +174,13 @@ void FullySharded::absent_forward(size_t part) {
 }
 
 void FullySharded::absent_backward(size_t part, const std::function<void(size_t unit)>& on_backward) {
-  for (size_t i = order_.size(); i-- > 0;) {
-    const size_t unit = order_[i];
-    if (units_[unit]->unit.part != part) continue;
-    before_backward(unit);
-    after_backward(unit);
-    on_backward(unit);
+  for (const auto& [unit, is_before, still_read] : backward_[part]) {
+    if (is_before) {
+      before_backward(unit);
+    } else {
+      after_backward(unit, still_read);
+      on_backward(unit);
+    }
   }
 }
 

@@ -281,7 +281,8 @@ ExactSum GradientReducer::publish() {
 
 // After an all-reduce every rank has all of it already, but for what was added since.
 bool GradientReducer::wants_gather(const Bucket& bucket) const {
-  const bool has_all = options_.reduction == Reduction::kFast && options_.num_shards == 1;
+  const bool has_all =
+      options_.reduction == Reduction::kFast && options_.num_shards == 1 && !options_.has_terms_beyond_group;
   return num_replicas() > 1 && !(has_all && !stands_alone(bucket.parameters[0]));
 }
 

@@ -46,6 +46,18 @@ struct AddSlope : Function<AddSlope> {
   }
 };
 
+// Every matrix at an address that memory of its own would have: sums of matrix products depend on it, and which part of
+// a larger tensor an expert's rows are depends on how many ranks share the experts.
+at::Tensor aligned(const at::Tensor& x) {
+  constexpr uintptr_t kAlignment = 64;
+  return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % kAlignment == 0 ? x : x.clone();
+}
+
+struct Align : Function<Align> {
+  static at::Tensor forward(AutogradContext*, const at::Tensor& x) { return aligned(x.view_as(x)); }
+  static variable_list backward(AutogradContext*, const variable_list& grads) { return {aligned(grads[0])}; }
+};
+
 std::string num(int64_t value) { return std::to_string(value); }
 
 void add_over(ProcessGroup* group, const at::Tensor& counts, Milliseconds timeout) {
@@ -189,13 +201,15 @@ at::Tensor MixtureOfExperts::travel(const at::Tensor& rows, const std::vector<in
 at::Tensor MixtureOfExperts::run_experts(const at::Tensor& rows, const std::vector<int64_t>& counts) const {
   const auto inputs = rows.split_with_sizes(counts);
   const at::Tensor none;
+  // In bf16 they are cast to memory of their own, once: by their place they are known.
+  const auto matrix = [](const at::Tensor& weight) { return nn::is_bf16() ? weight : Align::apply(weight); };
   std::vector<at::Tensor> outputs;
   for (int source = 0; source < parallel_.expert.size(); ++source) {
     const auto gate = gate_->by_expert(source), up = up_->by_expert(source), down = down_->by_expert(source);
     for (size_t i = 0; i < gate.size(); ++i) {
-      const at::Tensor& x = inputs[outputs.size()];
-      const at::Tensor hidden = nn::swiglu(nn::linear(x, gate[i], none), nn::linear(x, up[i], none));
-      outputs.push_back(nn::linear(hidden, down[i], none));
+      const at::Tensor x = Align::apply(inputs[outputs.size()]);
+      const at::Tensor hidden = nn::swiglu(nn::linear(x, matrix(gate[i]), none), nn::linear(x, matrix(up[i]), none));
+      outputs.push_back(Align::apply(nn::linear(hidden, matrix(down[i]), none)));
     }
   }
   return at::cat(outputs);

@@ -135,7 +135,8 @@ class ConvBlock : public StackLayer {
     shift_ = register_parameter("shift", at::zeros({channels}));
   }
   at::Tensor forward(at::Tensor x, const Batch&) override {
-    return at::group_norm(at::conv2d(x, weight_, {}, 1, 1), kGroups, scale_, shift_).relu_() + x;
+    // Contiguous: where its input needs no gradient, LibTorch's backward of group_norm crashes in channels-last.
+    return at::group_norm(at::conv2d(x, weight_, {}, 1, 1).contiguous(), kGroups, scale_, shift_).relu_() + x;
   }
 
  private:

@@ -1,5 +1,6 @@
 // ParallelModel's computing half: micro-batches through lanes, or through this rank's stage of a pipeline.
 #include <atomic>
+#include <map>
 #include <numeric>
 #include <optional>
 
@@ -284,16 +285,22 @@ void ParallelModel::join_terms(GradientSync& sync) {
   }
 }
 
-// A weight with one use on this stage and the other elsewhere: both get the sum of both.
+// A weight with one use on this stage and the other elsewhere: both get the sum of both. Stages go through their weights
+// in one order.
 void ParallelModel::join_tied() {
+  if (is_planted(Plant::kMissingTiedSum)) return;
+  std::map<std::string, size_t> tied_away;
   for (size_t k = 0; k < table_.trainable().size(); ++k) {
     const ModelParameter& parameter = table_.locals()[table_.trainable()[k]];
-    if (!parameter.is_tied_away || is_planted(Plant::kMissingTiedSum)) continue;
-    const auto& stages = table_.stages_of(parameter.own_name);
-    const at::Tensor piece = places_[k].sync->piece_of(places_[k].index);
-    const bool is_first = parameter.name == parameter.own_name;
-    sum_tied_gradients(mesh_.pipeline(), stages.front(), stages.back(), is_first ? piece : at::Tensor(),
-                       is_first ? at::Tensor() : piece, options_.runtime.collective_timeout);
+    if (parameter.is_tied_away) tied_away[parameter.own_name] = k;
+  }
+  for (const auto& [own_name, k] : tied_away) {
+    const auto& stages = table_.stages_of(own_name);
+    const int here = mesh_.pipeline().rank(), there = stages.front() == here ? stages.back() : stages.front();
+    const at::Tensor piece = places_[k].sync->piece_of(places_[k].index), none;
+    const bool is_first = table_.locals()[table_.trainable()[k]].name == own_name;
+    sum_tied_gradients(mesh_.pipeline(), is_first ? here : there, is_first ? there : here, is_first ? piece : none,
+                       is_first ? none : piece, options_.runtime.collective_timeout);
   }
 }
 

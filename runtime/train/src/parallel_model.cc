@@ -179,19 +179,18 @@ void ParallelModel::build_sync() {
   std::vector<size_t> parts;
   for (const FoundUnit& unit : table_.units()) parts.push_back(part_of(unit));
   if (options_.zero_stage >= 2) {
-    auto reducer =
-        std::make_unique<ShardedReducer>(mesh_.data(), std::move(dense),
-                                         ShardedReducerOptions{.num_leaves = options_.num_leaves(),
-                                                               .num_shards = options_.num_shards(),
-                                                               .units = table_.trainable_by_unit(),
-                                                               .parts = parts,
-                                                               .on_unit_done =
-                                                                   [this](size_t unit) {
-                                                                     if (fully_sharded_ && !has_frozen(unit))
-                                                                       fully_sharded_->after_backward(unit);
-                                                                   },
-                                                               .timeout = options_.runtime.collective_timeout,
-                                                               .track = tracks_.collectives});
+    auto reducer = std::make_unique<ShardedReducer>(
+        mesh_.data(), std::move(dense),
+        ShardedReducerOptions{.num_leaves = options_.num_leaves(),
+                              .num_shards = options_.num_shards(),
+                              .units = table_.trainable_by_unit(),
+                              .parts = parts,
+                              .on_unit_done =
+                                  [this](size_t unit) {
+                                    if (fully_sharded_) fully_sharded_->after_backward(unit, has_frozen(unit));
+                                  },
+                              .timeout = options_.runtime.collective_timeout,
+                              .track = tracks_.collectives});
     sharded_reducer_ = reducer.get();
     sync_ = std::move(reducer);
   } else {
@@ -202,6 +201,7 @@ void ParallelModel::build_sync() {
                                  .num_shards = num_shards,
                                  .bucket_bytes = options_.bucket_bytes,
                                  .reduction = options_.reduction == "fast" ? Reduction::kFast : Reduction::kOrdered,
+                                 .has_terms_beyond_group = options_.mesh.context * options_.mesh.tensor > 1,
                                  .timeout = options_.runtime.collective_timeout,
                                  .track = tracks_.collectives});
     };

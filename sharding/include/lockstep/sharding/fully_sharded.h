@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -44,17 +45,18 @@ class FullySharded {
 
   // One forward, one backward, or one after the other: begin(); then for each unit, as the model calls them,
   // before_forward(), after_forward(); in backward before_backward(), after_backward(); end() frees what is left.
-  // `both`: backward follows at once, so the last unit of forward stays for it.
+  // `both`: backward follows at once, so the last unit of forward stays for it. after_backward() comes with the unit's
+  // last gradient; one with frozen parameters may be `still_read` then, and is freed before the next one's backward.
   void begin(bool both = false);
   void before_forward(size_t unit);
   void after_forward(size_t unit);
   void before_backward(size_t unit);
-  void after_backward(size_t unit);
+  void after_backward(size_t unit, bool still_read = false);
   void end();
 
   // Between begin() and end(): takes part in the gathers of a forward or backward that other ranks run and this one
-  // does not. on_backward is called where other ranks have a unit's gradients: what they send then wants to be
-  // received.
+  // does not: a backward as this rank's last one. on_backward is called where other ranks have a unit's gradients: what
+  // they send then wants to be received.
   void absent_forward(size_t part);
   void absent_backward(size_t part, const std::function<void(size_t unit)>& on_backward);
 
@@ -65,6 +67,10 @@ class FullySharded {
 
  private:
   struct State;
+  struct BackwardCall {
+    size_t unit;
+    bool is_before, still_read;
+  };
 
   void require(size_t unit);
   void start(size_t unit);
@@ -77,6 +83,8 @@ class FullySharded {
   metrics::TraceTrack track_;
   std::vector<std::unique_ptr<State>> units_;
   std::vector<size_t> order_, seen_;  // of forward: expected, and in this one
+  std::map<size_t, std::vector<BackwardCall>> backward_;  // the last one of each part
+  std::vector<BackwardCall> calls_;                       // in this backward
   bool both_ = false;
   int alive_ = 0, max_alive_ = 0;
 };

@@ -15,6 +15,7 @@ struct GradientReducerOptions {
   int64_t bucket_bytes = int64_t{25} << 20;  ///< PyTorch DDP's default (kDefaultBucketBytesCap)
   int64_t first_bucket_bytes = 1 << 20;   ///< a small first bucket leaves early (kDefaultFirstBucketBytes)
   Reduction reduction = Reduction::kOrdered;
+  bool has_terms_beyond_group = false;  ///< the caller adds to pieces() before publish()
   Milliseconds timeout = ProcessGroup::kDefaultTimeout;
   metrics::TraceTrack track;  ///< each bucket's collectives, when they start and how long they are waited for
 };
