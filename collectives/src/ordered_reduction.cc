@@ -83,6 +83,7 @@ Piece owned_piece(int64_t numel, int rank, int size) {
 
 std::vector<Piece> even_pieces(int64_t numel, int size) {
   std::vector<Piece> pieces;
+  pieces.reserve(size);
   for (int rank = 0; rank < size; ++rank) pieces.push_back(owned_piece(numel, rank, size));
   return pieces;
 }

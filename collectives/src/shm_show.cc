@@ -10,7 +10,7 @@ namespace {
 // A rank's letter tells where each of its tensors lies.
 class Show : public ShmExchange {
  public:
-  Show(std::shared_ptr<ShmChannel> channel, std::vector<at::Tensor> tensors, Milliseconds timeout)
+  Show(std::shared_ptr<ShmChannel> channel, const std::vector<at::Tensor>& tensors, Milliseconds timeout)
       : ShmExchange(std::move(channel), {.call = ShmCall::kShow}, timeout) {
     LOCKSTEP_CHECK(tensors.size() * sizeof(int64_t) <= kShmLetterBytes) << tensors.size() << " tensors to show";
     for (const at::Tensor& tensor : tensors) {

@@ -32,6 +32,7 @@ at::Tensor merged(const at::Tensor& left, const at::Tensor& right) {
 std::vector<std::vector<int64_t>> shapes_of(const std::vector<size_t>& indices,
                                             const std::vector<NamedParameter>& parameters) {
   std::vector<std::vector<int64_t>> shapes;
+  shapes.reserve(indices.size());
   for (const size_t i : indices) shapes.push_back(parameters[i].tensor.sizes().vec());
   return shapes;
 }

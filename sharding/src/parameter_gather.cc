@@ -10,6 +10,7 @@ namespace {
 
 std::vector<std::vector<int64_t>> shapes_of(const std::vector<at::Tensor>& tensors) {
   std::vector<std::vector<int64_t>> shapes;
+  shapes.reserve(tensors.size());
   for (const at::Tensor& tensor : tensors) shapes.push_back(tensor.sizes().vec());
   return shapes;
 }

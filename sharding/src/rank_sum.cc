@@ -55,6 +55,7 @@ at::Tensor sum_over_ranks(ProcessGroup& group, const at::Tensor& tensor, Millise
   const at::Tensor input = tensor.contiguous();
   const std::vector<Part> parts = even_parts(input.numel(), size);
   std::vector<int64_t> counts;
+  counts.reserve(parts.size());
   for (const Part& part : parts) counts.push_back(part.size);
   const int64_t mine = counts[group.rank()];
   at::Tensor received = at::empty({size, mine}, input.options());
@@ -68,6 +69,7 @@ void sum_in_rank_order(ProcessGroup& group, const std::vector<int>& ranks, const
                        Milliseconds timeout) {
   if (tensors.empty() || group.size() == 1) return;
   std::vector<at::Tensor> flat;
+  flat.reserve(tensors.size());
   for (const at::Tensor& tensor : tensors) flat.push_back(tensor.view({-1}));
   const at::Tensor all = gather_ranks(group, at::cat(flat), timeout);
   at::Tensor sum = all[ranks[0]];

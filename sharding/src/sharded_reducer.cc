@@ -190,12 +190,12 @@ void ShardedReducer::land() {
     flight.work.wait();
   }
   flight.buffer.reset();
-  push_round(*buckets_[flight.bucket], flight.round, std::move(flight.received));
+  push_round(*buckets_[flight.bucket], flight.round, flight.received);
 }
 
 // Pushes the round's leaves, which came in order of their ranks, into the counter: equal neighbours merge, left +=
 // right. What is left is copied out of the round's memory, unless it is the last: then it is folded at once.
-void ShardedReducer::push_round(Bucket& bucket, int64_t round, at::Tensor received) {
+void ShardedReducer::push_round(Bucket& bucket, int64_t round, const at::Tensor& received) {
   const int64_t own = bucket.piece.numel(), first = round * group_.size();
   auto& counter = bucket.counter;
   const auto merge_last_two = [&] {

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kMaxRanks = 16;
 constexpr int64_t kMaxBits = 8;
+constexpr int64_t kMinBoundedWidth = 8;  // norms over fewer numbers are too steep for a bound
 
 class Draw {
  public:
@@ -52,6 +53,7 @@ std::vector<Field> fields(Case& c) {
   const std::vector<Field> others = {{"tensor", &c.tensor},
                                      {"context", &c.context},
                                      {"sequence_parallel", &c.sequence_parallel},
+                                     {"gentle", &c.gentle},
                                      {"model", &c.model},
                                      {"layers", &c.layers},
                                      {"heads", &c.heads},
@@ -122,6 +124,8 @@ void repair_bounded(Case& c) {
   c.sequence_parallel = c.sequence_parallel != 0 && c.tensor > 1 ? 1 : 0;
   const int64_t step = (c.context > 1 ? 2 * c.context : 1) * (c.sequence_parallel ? c.tensor : 1);
   c.length = (c.length + step - 1) / step * step;
+  c.gentle = c.tensor * c.context > 1 || c.fast != 0 ? 1 : 0;
+  while (c.gentle && c.heads * c.head_dim < kMinBoundedWidth) c.head_dim += 2;
 }
 
 // Ranks that share experts run their micro-batches together, as many each, and keep the experts whole.

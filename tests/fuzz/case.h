@@ -46,6 +46,7 @@ struct Case {
 
   // what changes bits, within bounds
   int64_t tensor = 1, context = 1, sequence_parallel = 0;
+  int64_t gentle = 0;  ///< then small steps: these models are steep, and each step multiplies what rounding leaves
 
   Layout layout;
   int64_t resume_at = 0;  ///< > 0: the step after which the run goes on as `then`

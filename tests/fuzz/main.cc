@@ -2,6 +2,7 @@
 #include <chrono>
 #include <csignal>
 #include <filesystem>
+#include <fstream>
 #include <iostream>
 #include <optional>
 #include <thread>
@@ -17,6 +18,7 @@ DEFINE_int64(seeds, 100, "how many cases");
 DEFINE_int64(first_seed, 1, "of the first case");
 DEFINE_int32(jobs, 0, "processes side by side; 0: cores");
 DEFINE_string(replay, "", "one case, as a failure printed it; shows what its runs say");
+DEFINE_string(cases, "", "instead of seeds: a file with a case on each line, or a # and a remark");
 DEFINE_string(plant, "", "a bug to plant (--check_plants lists them)");
 DEFINE_bool(check_plants, false, "plants each bug, or those of --plant=a,b, and looks for it: all must be found");
 DEFINE_bool(shrink, true, "make a failing case simpler");
@@ -55,25 +57,37 @@ void print(const Failure& failure) {
             << std::endl;
 }
 
-// The first failure among the seeds; with --keep_going the last, and all are printed.
-std::optional<Failure> search(const WorkerOptions& options, int64_t first_seed, int64_t seeds,
-                              const std::string& plant) {
+using NextCase = std::function<std::optional<Case>()>;
+
+NextCase cases_of_seeds(int64_t first_seed, int64_t seeds, const std::string& plant) {
+  return [=, seed = first_seed]() mutable -> std::optional<Case> {
+    if (seed == first_seed + seeds) return std::nullopt;
+    Case c = draw(seed++);
+    c.plant = plant;
+    return c;
+  };
+}
+
+NextCase cases_of_file(const std::string& path) {
+  const auto file = std::make_shared<std::ifstream>(path);
+  if (!*file) throw IoError("reading", path, errno);
+  return [file]() -> std::optional<Case> {
+    for (std::string line; std::getline(*file, line);) {
+      if (!line.empty() && line[0] != '#') return parse(line);
+    }
+    return std::nullopt;
+  };
+}
+
+// The first failure; with --keep_going the last, and all are printed.
+std::optional<Failure> search(const WorkerOptions& options, const NextCase& next) {
   std::optional<Failure> failure;
-  int64_t seed = first_seed;
-  run_on_workers(
-      options,
-      [&]() -> std::optional<Case> {
-        if (seed == first_seed + seeds) return std::nullopt;
-        Case c = draw(seed++);
-        c.plant = plant;
-        return c;
-      },
-      [&](const Case& c, const Verdict& verdict) {
-        if (verdict.kind == Verdict::kSame) return true;
-        failure = {c, verdict};
-        if (FLAGS_keep_going) print(*failure);
-        return FLAGS_keep_going;
-      });
+  run_on_workers(options, next, [&](const Case& c, const Verdict& verdict) {
+    if (verdict.kind == Verdict::kSame) return true;
+    failure = {c, verdict};
+    if (FLAGS_keep_going) print(*failure);
+    return FLAGS_keep_going;
+  });
   return failure;
 }
 
@@ -111,11 +125,13 @@ Failure shrunk(const WorkerOptions& options, Failure failure) {
 
 int fuzz(const WorkerOptions& options) {
   const auto start = std::chrono::steady_clock::now();
-  auto failure = search(options, FLAGS_first_seed, FLAGS_seeds, FLAGS_plant);
+  auto failure = search(options, FLAGS_cases.empty() ? cases_of_seeds(FLAGS_first_seed, FLAGS_seeds, FLAGS_plant)
+                                                     : cases_of_file(FLAGS_cases));
   if (!failure) {
     const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-    std::cout << FLAGS_seeds << " seeds from " << FLAGS_first_seed << ": all as one process, in " << took.count()
-              << " s" << std::endl;
+    std::cout << (FLAGS_cases.empty() ? std::to_string(FLAGS_seeds) + " seeds from " + std::to_string(FLAGS_first_seed)
+                                      : FLAGS_cases)
+              << ": all as one process, in " << took.count() << " s" << std::endl;
     return 0;
   }
   if (FLAGS_keep_going) return 1;
@@ -133,7 +149,7 @@ int fuzz(const WorkerOptions& options) {
 std::optional<Failure> find_plant(const WorkerOptions& options, const std::string& plant) {
   const int64_t end = FLAGS_first_seed + FLAGS_seeds;
   for (int64_t seed = FLAGS_first_seed; seed < end;) {
-    const auto failure = search(options, seed, end - seed, plant);
+    const auto failure = search(options, cases_of_seeds(seed, end - seed, plant));
     if (!failure) return std::nullopt;
     Case sound = failure->c;
     sound.plant.clear();

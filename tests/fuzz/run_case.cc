@@ -38,7 +38,7 @@ train::Options options_of(const Case& c, const Layout& layout, const std::string
   if (layout.bucket_bytes > 0) options.bucket_bytes = layout.bucket_bytes;
   options.precision = c.bf16 ? "bf16" : "fp32";
   options.reduction = c.fast ? "fast" : "ordered";
-  options.schedule = {.kind = "constant", .learning_rate = c.optimizer == 0 ? 0.05 : 0.01};
+  options.schedule = {.kind = "constant", .learning_rate = c.gentle ? 0.005 : c.optimizer == 0 ? 0.05 : 0.01};
   options.clip_norm = std::array{0.0, 1.0, 1e-2}.at(c.clip);
   options.checkpoint_interval_steps = c.resume_at;
   options.keep_checkpoints = 100;

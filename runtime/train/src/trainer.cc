@@ -410,7 +410,7 @@ void Trainer::report_step(double loss, double grad_norm, double learning_rate, d
                               {"memory_bytes", static_cast<double>(resident_bytes())}};
   if (!std::isnan(accuracy)) scalars.emplace_back("accuracy", accuracy);
   watch_->metrics.append(step_, scalars);
-  for (auto& [name, value] : scalars) name = "train/" + name;
+  for (auto& [name, value] : scalars) name.insert(0, "train/");
   watch_->board.scalars(step_, scalars);
   watch_->progress.step(step_, loss, learning_rate, grad_norm, rate, unit);
 }

@@ -80,7 +80,7 @@ class ShardedReducer : public GradientSync {
   void launch_ready_buckets(Part& part);
   void launch(size_t bucket, int64_t round);
   void land();
-  void push_round(Bucket& bucket, int64_t round, at::Tensor received);
+  void push_round(Bucket& bucket, int64_t round, const at::Tensor& received);
   metrics::TraceSpan span(const char* name, size_t bucket) const;
   int participants(int64_t round) const;
   int shard() const { return group_.rank() % options_.num_shards; }
