@@ -82,10 +82,10 @@ bool hides_enough(const std::string& folder, const Case& which) {
   std::vector<double> shares;
   for (int round = 0; round < kRounds; ++round) {
     const std::string number = std::to_string(round);
-    const Measured plain = measure(name + "-plain" + number, which, 0);
+    const Measured plain = measure(name + ("-plain" + number), which, 0);
     const double communication_s = kShareOfCompute * plain.step_s;
     const Measured slow =
-        measure(name + "-slow" + number, which, 1e9 * communication_s / static_cast<double>(plain.bytes));
+        measure(name + ("-slow" + number), which, 1e9 * communication_s / static_cast<double>(plain.bytes));
     shares.push_back(1 - (slow.step_s - plain.step_s) / communication_s);
     std::printf(
         "ZeRO-%d, %lld micro-batches: step %.1f ms, with %.1f ms of communication (%.1f MB) %.1f ms: hidden %.0f %%\n",
