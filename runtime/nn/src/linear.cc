@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include <torch/torch.h>
 
 #include <lockstep/nn/linear.h>
@@ -23,6 +25,45 @@ at::Tensor column_sums_f32(const at::Tensor& x) {
               sums.mutable_data_ptr<float>());
   return sums;
 }
+
+// MKL takes its AVX2 kernels on every CPU but Intel's; oneDNN's with AVX-512 are a tenth faster there, once a product
+// is large enough for what a call costs more.
+bool is_for_onednn(int64_t m, int64_t n, int64_t k) {
+  static const bool is_cpu = __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_is("intel") == 0;
+  constexpr int64_t kMinProducts = int64_t{1} << 24;
+  return is_cpu && m * n * k >= kMinProducts;
+}
+
+// x weight^T + bias, f32.
+at::Tensor onednn_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  using Attributes = c10::List<std::optional<at::Scalar>>;
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("mkldnn::_linear_pointwise", "")
+                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+                                               std::string_view, Attributes, std::optional<std::string_view>)>();
+  const at::AutoDispatchBelowAutograd no_autograd;
+  return op.call(x, weight, bias, "none", Attributes(), "");
+}
+
+struct OnednnLinear : Function<OnednnLinear> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
+                            const std::optional<at::Tensor>& bias) {
+    ctx->save_for_backward({x, weight});
+    ctx->saved_data["has_bias"] = bias.has_value();
+    return onednn_linear(x, weight, bias);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const at::Tensor &x = saved[0], &weight = saved[1];
+    const at::Tensor g = rows_of(grads[0]);
+    at::Tensor x_grad, w_grad, b_grad;
+    if (ctx->needs_input_grad(0)) x_grad = onednn_linear(g, weight.t(), std::nullopt).view(x.sizes());
+    if (ctx->needs_input_grad(1)) w_grad = at::mm(g.t(), rows_of(x));
+    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) b_grad = g.sum(0);
+    return {x_grad, w_grad, b_grad};
+  }
+};
 
 struct Bf16Linear : Function<Bf16Linear> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
@@ -54,7 +95,11 @@ struct Bf16Linear : Function<Bf16Linear> {
 }  // namespace
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
-  if (x.is_cpu() && is_bf16()) return Bf16Linear::apply(x, weight, bias.defined() ? std::optional(bias) : std::nullopt);
+  const auto maybe_bias = bias.defined() ? std::optional(bias) : std::nullopt;
+  if (x.is_cpu() && is_bf16()) return Bf16Linear::apply(x, weight, maybe_bias);
+  if (x.is_cpu() && x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat &&
+      is_for_onednn(x.numel() / std::max<int64_t>(1, x.size(-1)), weight.size(0), weight.size(1)))
+    return OnednnLinear::apply(x, weight, maybe_bias);
   return at::linear(x, weight, bias);
 }
 
