@@ -128,6 +128,7 @@ TEST_P(OrderedAllReduceTest, ReducesSeveralBucketsAtOnceToTheirOwnersAndLeavesTh
     std::vector<std::vector<at::Tensor>> sent;
     for (const int64_t numel : sizes) {
       std::vector<at::Tensor> roots;
+      roots.reserve(blocks.size());
       for (const LeafBlock& block : blocks) {
         roots.push_back(
             vector_of(numel, [&](int64_t i) { return canonical_sum(rough, i + numel, block.start, block.size); }));

@@ -16,6 +16,7 @@ TEST(TwoLevelGroupTest, APartUsesWhatItsRanksHaveInCommon) {
   auto mpi = make_mpi_world();
   const int me = mpi->rank(), size = mpi->size();
   std::vector<int> nodes;
+  nodes.reserve(size);
   for (int rank = 0; rank < size; ++rank) nodes.push_back(rank / 2);
   const auto world = make_two_level_group(std::move(mpi), nodes);
   const auto near = world->split(me / 2, me, "near"), far = world->split(me % 2, me, "far"),
@@ -39,11 +40,12 @@ TEST(TwoLevelGroupTest, ManyOperationsOfManySizesInFlightKeepTheirPlaces) {
   auto mpi = make_mpi_world();
   const int me = mpi->rank(), size = mpi->size();
   std::vector<int> nodes;
+  nodes.reserve(size);
   for (int rank = 0; rank < size; ++rank) nodes.push_back(rank % 2);
   const auto world = make_two_level_group(std::move(mpi), nodes);
   std::vector<at::Tensor> tensors;
   std::vector<Work> works;
-  for (int64_t i = 0; i < 30; ++i) {
+  for (int i = 0; i < 30; ++i) {
     tensors.push_back(made(i % 3 == 0 ? 100'003 : 11 * i, at::kFloat, [&](int64_t j) { return term(me, i + j); }));
     works.push_back(i % 2 == 0 ? world->all_reduce(tensors.back()) : world->broadcast(tensors.back(), i % size));
   }

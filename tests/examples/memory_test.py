@@ -1,8 +1,8 @@
 """memory_test.py BIN_DIR: what a rank keeps of a 50 M-parameter GPT on 4 ranks, for each ZeRO stage, is within 10 % of the formula: bytes of
 parameters, gradients, optimizer state, gathered units and buckets at their peaks, as the CPU allocator counts them. Scratch is printed beside it.
 
-Formula (f32, P parameters, N ranks, U those of the largest unit): stage 0: 16 P; 1: 8 P + 8 P/N; 2: 4 P + 12 P/N + 2 buckets of U (one is collected, one
-travels); 3: 16 P/N + 2 gathered units + 2 buckets. At stage 3 start-up never holds half of the model's parameters."""
+Formula (f32, P parameters, N ranks, U those of the largest unit): stage 0: 16 P; 1: 8 P + 8 P/N; 2: 4 P + 12 P/N + one bucket of U (a second
+one travels: some of the 10 %); 3: 16 P/N + 2 gathered units + 2 buckets. At stage 3 start-up never holds half of the model's parameters."""
 
 import json
 import pathlib
@@ -20,7 +20,7 @@ PARAMETERS = LAYERS * BLOCK + (256 + LENGTH + 2) * WIDTH
 
 def formula(stage):
     p, n, unit = 4 * PARAMETERS, RANKS, 4 * BLOCK
-    return {0: 4 * p, 1: 2 * p + 2 * p / n, 2: p + 3 * p / n + 2 * unit, 3: 4 * p / n + 4 * unit}[stage]
+    return {0: 4 * p, 1: 2 * p + 2 * p / n, 2: p + 3 * p / n + unit, 3: 4 * p / n + 4 * unit}[stage]
 
 
 def main():

@@ -155,10 +155,10 @@ Layout pipelined(int world_size, int stages, const std::string& schedule, int ze
 }
 
 // Experts shared by ranks of the data axis.
-Layout shared(int world_size, int experts, Layout other = {}) {
+Layout shared(int world_size, int experts, const Layout& other = {}) {
   return {world_size,
-          [=](Options& options) {
-            other.set(options);
+          [experts, set = other.set](Options& options) {
+            set(options);
             options.mesh.expert = experts;
           },
           std::to_string(world_size) + " ranks, experts shared by " + std::to_string(experts) + ", " + other.name};

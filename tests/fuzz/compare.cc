@@ -1,9 +1,9 @@
 #include "compare.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdlib>
-#include <cstring>
 #include <fstream>
 #include <functional>
 #include <sstream>
@@ -18,12 +18,8 @@
 namespace lockstep::fuzz {
 namespace {
 
-// Floats in order, so that a difference counts the floats between two of them.
-int64_t place_of(float value) {
-  int32_t bits = 0;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits >= 0 ? bits : int64_t{INT32_MIN} - bits;
-}
+// The bits of floats in order, so that a difference counts the floats between two of them.
+int64_t place_of(int32_t bits) { return bits >= 0 ? bits : int64_t{INT32_MIN} - bits; }
 
 struct Differing {
   int64_t elements = 0, max_ulp = 0;
@@ -33,9 +29,10 @@ Differing count_differing(const at::Tensor& a, const at::Tensor& b) {
   Differing differing;
   const auto *x = a.const_data_ptr<float>(), *y = b.const_data_ptr<float>();
   for (int64_t i = 0; i < a.numel(); ++i) {
-    if (std::memcmp(x + i, y + i, sizeof(float)) == 0) continue;
+    const auto bits = std::bit_cast<int32_t>(x[i]), other_bits = std::bit_cast<int32_t>(y[i]);
+    if (bits == other_bits) continue;
     ++differing.elements;
-    differing.max_ulp = std::max(differing.max_ulp, std::abs(place_of(x[i]) - place_of(y[i])));
+    differing.max_ulp = std::max(differing.max_ulp, std::abs(place_of(bits) - place_of(other_bits)));
   }
   return differing;
 }
@@ -103,7 +100,7 @@ Outcome read_outcome(const std::string& run_dir) {
 }
 
 std::string difference(const Outcome& actual, const Outcome& expected) {
-  if (const std::string names = differing_names(actual, expected); !names.empty()) return names;
+  if (std::string names = differing_names(actual, expected); !names.empty()) return names;
   std::string first;
   int64_t tensors = 0;
   for (const auto& [key, tensor] : expected.tensors) {
@@ -120,9 +117,9 @@ std::string difference(const Outcome& actual, const Outcome& expected) {
 }
 
 std::string beyond(const Outcome& actual, const Outcome& expected, double bound) {
-  if (const std::string names = differing_names(actual, expected); !names.empty()) return names;
+  if (std::string names = differing_names(actual, expected); !names.empty()) return names;
   const auto near = [&](double a, double b) { return same(a, b) || std::abs(a - b) <= bound * std::abs(b); };
-  const std::string figure = differing_figure(actual, expected, near);
+  std::string figure = differing_figure(actual, expected, near);
   std::map<std::string, double> largest;  // by section
   for (const auto& [key, tensor] : expected.tensors) {
     double& section = largest[format::section_of(key)];

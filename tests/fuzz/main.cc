@@ -149,7 +149,7 @@ int fuzz(const WorkerOptions& options) {
 std::optional<Failure> find_plant(const WorkerOptions& options, const std::string& plant) {
   const int64_t end = FLAGS_first_seed + FLAGS_seeds;
   for (int64_t seed = FLAGS_first_seed; seed < end;) {
-    const auto failure = search(options, cases_of_seeds(seed, end - seed, plant));
+    auto failure = search(options, cases_of_seeds(seed, end - seed, plant));
     if (!failure) return std::nullopt;
     Case sound = failure->c;
     sound.plant.clear();

@@ -181,7 +181,8 @@ std::shared_ptr<StackLayer> make_layer(const Case& c, int64_t number) {
 std::shared_ptr<LayerStack> make_stack(const Case& c) {
   std::vector<LayerStack::Layer> layers;
   for (int64_t i = 0; i < c.num_layers(); ++i)
-    layers.push_back({"layer" + std::to_string(i), [c, i] { return make_layer(c, i); }, 1.0 + 0.3 * (i % 3)});
+    layers.push_back(
+        {"layer" + std::to_string(i), [c, i] { return make_layer(c, i); }, 1.0 + 0.3 * static_cast<double>(i % 3)});
   std::vector<Tie> ties;
   const bool has_two = c.model == kStack && c.layers >= 4;  // Mixing is layer 1 and layer 4
   if (c.tied && has_two && !is_frozen(c, 1) && !is_frozen(c, 4)) ties.push_back({"layer1.weight", "layer4.weight"});

@@ -29,3 +29,5 @@ for i in range(rounds):
 dist.all_reduce(took, dist.ReduceOp.MAX)
 if rank == 0:
     print(f"{took.median().item() * 1e6:.3f}")
+dist.barrier()
+dist.destroy_process_group()

@@ -41,6 +41,23 @@ TEST_P(LinearTest, IsTheFormulaInF32) {
   }
 }
 
+// Some CPUs have another library for these.
+TEST_P(LinearTest, LargeProductsAreTheFormulaTooWhereverTheyLie) {
+  Tensors in = inputs({8, 131, 129}, 133);
+  in[0] = at::cat({at::zeros({1}), in[0].flatten()}).narrow(0, 1, in[0].numel()).view(in[0].sizes());  // at odd places
+  const auto e = errors(our_linear, exact_linear, in);
+  EXPECT_LE(e.output, 64 * kF32);
+  for (const double grad : e.grads) EXPECT_LE(grad, 64 * kF32);
+  const auto upstream = [](const at::Tensor& y) { return normal(y.sizes().vec(), 6); };
+  const Pass odd = run(our_linear, in, upstream);
+  in[0] = in[0].clone();
+  const Pass even = run(our_linear, in, upstream);
+  EXPECT_TRUE(same_bits(odd.output, even.output));
+  EXPECT_TRUE(same_bits(odd.grads[0], even.grads[0]));
+  const Tensors strided = {normal({129, 2 * 1048}, 4).t().slice(0, 0, 2 * 1048, 2), normal({129, 133}, 5).t()};
+  EXPECT_LE(errors(our_linear, exact_linear, strided).output, 64 * kF32);
+}
+
 TEST_P(LinearTest, UnderBf16RoundsOperandsAndProductsButNotSumsOfBiasGradients) {
   for (const auto& sizes : kInputs) {
     for (const int64_t out : {1, 3, 17}) {
