@@ -24,7 +24,7 @@ ShmWork shm_all_to_all(std::shared_ptr<ShmChannel> channel, const at::Tensor& ou
 /// `is_there`: on the root, whether what is sent is there yet; the call keeps its place among the calls meanwhile.
 ShmWork shm_broadcast(std::shared_ptr<ShmChannel> channel, const at::Tensor& tensor, int root, Milliseconds timeout,
                       std::function<bool()> is_there = {});
-std::unique_ptr<Shown> shm_show(std::shared_ptr<ShmChannel> channel, std::vector<at::Tensor> tensors,
+std::unique_ptr<Shown> shm_show(std::shared_ptr<ShmChannel> channel, const std::vector<at::Tensor>& tensors,
                                 Milliseconds timeout);
 /// An operation of another group that is to move on while this memory's are waited for.
 ShmWork shm_forwarded(std::shared_ptr<ShmChannel> channel, std::string doing, Work work, Milliseconds timeout);

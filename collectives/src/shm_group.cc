@@ -109,7 +109,7 @@ class ShmGroup : public ProcessGroup {
 
   std::unique_ptr<Shown> show(std::vector<at::Tensor> tensors, Milliseconds timeout) override {
     channel_->refuse_if_broken("show");
-    return shm_show(channel_, std::move(tensors), timeout);
+    return shm_show(channel_, tensors, timeout);
   }
 
   std::unique_ptr<ProcessGroup> split(int color, int key, const std::string& name) override {

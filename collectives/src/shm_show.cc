@@ -59,8 +59,8 @@ class Show : public ShmExchange {
 
 class ShownByShm : public Shown {
  public:
-  ShownByShm(std::shared_ptr<ShmChannel> channel, std::vector<at::Tensor> tensors, Milliseconds timeout)
-      : show_(std::move(channel), std::move(tensors), timeout) {}
+  ShownByShm(std::shared_ptr<ShmChannel> channel, const std::vector<at::Tensor>& tensors, Milliseconds timeout)
+      : show_(std::move(channel), tensors, timeout) {}
   bool poll() override { return show_.poll_for_all(); }
   void wait() override { show_.wait_for_all(); }
   const void* data(int rank, size_t index) const override { return show_.data(rank, index); }
@@ -85,9 +85,9 @@ class Forwarded : public ShmOperation {
 
 }  // namespace
 
-std::unique_ptr<Shown> shm_show(std::shared_ptr<ShmChannel> channel, std::vector<at::Tensor> tensors,
+std::unique_ptr<Shown> shm_show(std::shared_ptr<ShmChannel> channel, const std::vector<at::Tensor>& tensors,
                                 Milliseconds timeout) {
-  return std::make_unique<ShownByShm>(std::move(channel), std::move(tensors), timeout);
+  return std::make_unique<ShownByShm>(std::move(channel), tensors, timeout);
 }
 
 ShmWork shm_forwarded(std::shared_ptr<ShmChannel> channel, std::string doing, Work work, Milliseconds timeout) {
