@@ -212,6 +212,7 @@ std::string of(const at::Tensor& tensor) {
 std::function<void()> folding(const at::Tensor& rows, const at::Tensor& out, ReduceOp op) {
   return [rows, out, op] {
     std::vector<const std::byte*> terms;
+    terms.reserve(rows.size(0));
     for (int64_t rank = 0; rank < rows.size(0); ++rank)
       terms.push_back(static_cast<const std::byte*>(rows.const_data_ptr()) +
                       rank * rows.size(1) * static_cast<int64_t>(rows.element_size()));

@@ -79,13 +79,13 @@ Measured measure(const std::string& run_dir, const Case& which, double ns_per_by
 bool hides_enough(const std::string& folder, const Case& which) {
   const std::string name =
       folder + "/zero" + std::to_string(which.zero_stage) + "-" + std::to_string(which.micro_batches);
+  const auto run_dir = [&](const char* link, int round) { return name + link + std::to_string(round); };
   std::vector<double> shares;
   for (int round = 0; round < kRounds; ++round) {
-    const std::string number = std::to_string(round);
-    const Measured plain = measure(name + ("-plain" + number), which, 0);
+    const Measured plain = measure(run_dir("-plain", round), which, 0);
     const double communication_s = kShareOfCompute * plain.step_s;
     const Measured slow =
-        measure(name + ("-slow" + number), which, 1e9 * communication_s / static_cast<double>(plain.bytes));
+        measure(run_dir("-slow", round), which, 1e9 * communication_s / static_cast<double>(plain.bytes));
     shares.push_back(1 - (slow.step_s - plain.step_s) / communication_s);
     std::printf(
         "ZeRO-%d, %lld micro-batches: step %.1f ms, with %.1f ms of communication (%.1f MB) %.1f ms: hidden %.0f %%\n",

@@ -73,7 +73,7 @@ def main():
             before = runs.metrics(run_dir)[-1]["step"] if (run_dir / "metrics.jsonl").exists() and runs.metrics(run_dir) else 0
             runs.run(bin_dir, "gpt", RANKS, run_dir, flags)
             found = runs.digests(bin_dir, run_dir), runs.losses(run_dir)
-            assert found == expected, f"round {number}, killed {delay_s:.3f} s after the start: {found[0]}, expected {expected[0]}"
+            assert found == expected, f"round {number}, killed {delay_s:.3f} s after the start: {found[0]}, expected {expected[0]}, or losses differ: steps {[step for step, _ in found[1]]}"
             print(f"round {number}: {'killed' if killed else 'already over'} after {delay_s:.2f} s, about step {before}; same bits", flush=True)
         assert kills >= ROUNDS // 2, f"only {kills} of {ROUNDS} kills met a living run"
 

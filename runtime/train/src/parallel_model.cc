@@ -29,6 +29,7 @@ int partial_kind(const ParameterPlacement& placement) {
 
 std::vector<metrics::TraceTrack> lane_tracks(metrics::Trace* trace, int lanes) {
   std::vector<metrics::TraceTrack> tracks;
+  tracks.reserve(lanes);
   for (int lane = 0; lane < lanes; ++lane)
     tracks.emplace_back(trace, lane == 0 ? "compute" : "compute, lane " + std::to_string(lane));
   return tracks;

@@ -448,10 +448,11 @@ void Trainer::save() {
                                             {"arithmetic", arithmetic_record(options_.threads_per_rank)}}
                          .dump(),
       .data_fingerprint = training_->fingerprint()};
+  // First: the steps of a checkpoint do not run again, so their lines must not get lost after it.
+  if (is_chief()) watch_->metrics.flush();
   const bool durable = store_->save(progress, model_.state());
   if (durable) saved_step_ = step_;
   if (!is_chief()) return;
-  watch_->metrics.flush();
   if (durable) {
     ledger_->append("durable", nlohmann::ordered_json{{"step", step_}, {"save_s", store_->last_save_seconds()}}.dump());
     watch_->progress.message("step " + std::to_string(step_) + "  checkpoint durable after " +
