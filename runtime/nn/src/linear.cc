@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include <torch/torch.h>
 
 #include <lockstep/nn/linear.h>
@@ -28,10 +26,10 @@ at::Tensor column_sums_f32(const at::Tensor& x) {
 
 // MKL takes its AVX2 kernels on every CPU but Intel's; oneDNN's with AVX-512 are a tenth faster there, once a product
 // is large enough for what a call costs more.
-bool is_for_onednn(int64_t m, int64_t n, int64_t k) {
+bool is_for_onednn(int64_t products) {
   static const bool is_cpu = __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_is("intel") == 0;
   constexpr int64_t kMinProducts = int64_t{1} << 24;
-  return is_cpu && m * n * k >= kMinProducts;
+  return is_cpu && products >= kMinProducts;
 }
 
 // x weight^T + bias, f32.
@@ -98,7 +96,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
   const auto maybe_bias = bias.defined() ? std::optional(bias) : std::nullopt;
   if (x.is_cpu() && is_bf16()) return Bf16Linear::apply(x, weight, maybe_bias);
   if (x.is_cpu() && x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat &&
-      is_for_onednn(x.numel() / std::max<int64_t>(1, x.size(-1)), weight.size(0), weight.size(1)))
+      is_for_onednn(x.numel() * weight.size(0)))
     return OnednnLinear::apply(x, weight, maybe_bias);
   return at::linear(x, weight, bias);
 }

@@ -180,6 +180,11 @@ void ParallelModel::build_sync() {
   std::vector<size_t> parts;
   for (const FoundUnit& unit : table_.units()) parts.push_back(part_of(unit));
   if (options_.zero_stage >= 2) {
+    // What is left of the backward of such a unit may still read them when its last gradient is there.
+    std::vector<bool> has_frozen(table_.units().size());
+    for (const ModelParameter& parameter : table_.locals()) {
+      if (!parameter.is_trainable) has_frozen[parameter.unit] = true;
+    }
     auto reducer = std::make_unique<ShardedReducer>(
         mesh_.data(), std::move(dense),
         ShardedReducerOptions{.num_leaves = options_.num_leaves(),
@@ -187,8 +192,8 @@ void ParallelModel::build_sync() {
                               .units = table_.trainable_by_unit(),
                               .parts = parts,
                               .on_unit_done =
-                                  [this](size_t unit) {
-                                    if (fully_sharded_) fully_sharded_->after_backward(unit, has_frozen(unit));
+                                  [this, has_frozen](size_t unit) {
+                                    if (fully_sharded_) fully_sharded_->after_backward(unit, has_frozen[unit]);
                                   },
                               .timeout = options_.runtime.collective_timeout,
                               .track = tracks_.collectives});
@@ -251,13 +256,6 @@ std::pair<int, int> ParallelModel::sharding(bool is_of_experts, int data_rank) c
   const int shared_by = is_of_experts ? options_.mesh.expert : 1;
   const int count = std::max(1, options_.num_shards() / shared_by);
   return {count, data_rank / shared_by % count};
-}
-
-// Then what is left of the unit's backward may still read them when its last gradient is there.
-bool ParallelModel::has_frozen(size_t unit) const {
-  return std::any_of(table_.locals().begin(), table_.locals().end(), [unit](const ModelParameter& parameter) {
-    return parameter.unit == unit && !parameter.is_trainable;
-  });
 }
 
 // This rank's rows of a parameter where it is sharded, else all of it.

@@ -77,7 +77,6 @@ class ParallelModel {
   void build();
   std::vector<LayerStack::Range> chunks_of(const LayerStack& stack) const;
   size_t part_of(const FoundUnit& unit) const;
-  bool has_frozen(size_t unit) const;
   bool is_counted(const ModelParameter& parameter) const;
   void build_sync();
   void attach_lanes(const std::vector<size_t>& parts);

@@ -13,6 +13,10 @@ namespace lockstep::train {
 
 using nlohmann::json;
 
+std::vector<int64_t> stored_shape(at::IntArrayRef shape) {
+  return shape.empty() ? std::vector<int64_t>{1} : shape.vec();
+}
+
 ParameterTable::ParameterTable(torch::nn::Module& model, const Mesh& mesh, const TensorParallel& tensor) {
   units_ = find_units(model);
   find_locals(model, tensor);
@@ -81,9 +85,7 @@ void ParameterTable::find_globals(torch::nn::Module& model, const Mesh& mesh) {
     if (local.first_use >= 0) continue;
     json parts = json::array();
     for (const Part& part : local.placement.parts) parts.push_back({part.begin, part.size});
-    // A scalar is stored as one row, which a rank can hold or not.
-    const auto& whole = local.placement.shape;
-    mine.push_back({local.own_name, whole.empty() ? std::vector<int64_t>{1} : whole,
+    mine.push_back({local.own_name, stored_shape(local.placement.shape),
                     checkpoint::dtype_name(local.tensor.scalar_type()), false, local.is_trainable, i,
                     local.placement.tensor_dim, parts, local.placement.is_of_experts()});
   }

@@ -16,6 +16,9 @@
 
 namespace lockstep::train {
 
+/// The shape under which a parameter is saved: a scalar is one row, which a rank can hold or not.
+std::vector<int64_t> stored_shape(at::IntArrayRef shape);
+
 /// A parameter that this rank's model has.
 struct ModelParameter {
   std::string name;      ///< in this rank's model

@@ -6,6 +6,8 @@
 #include <lockstep/collectives/local_group.h>
 #include <lockstep/sharding/layer_stack.h>
 
+#include "parameter_table.h"
+
 namespace lockstep::train {
 
 std::shared_ptr<torch::nn::Module> load_whole_model(Fs& fs, Task& task, const std::string& run_dir) {
@@ -18,7 +20,8 @@ std::shared_ptr<torch::nn::Module> load_whole_model(Fs& fs, Task& task, const st
   std::vector<checkpoint::StateTensor> state;
   const auto add = [&](const std::string& section, const std::string& name, const at::Tensor& tensor) {
     const auto dtype = checkpoint::dtype_name(tensor.scalar_type());
-    const at::Tensor stored = section == "weights" && tensor.dim() == 0 ? tensor.detach().view({1}) : tensor.detach();
+    const at::Tensor stored =
+        section == "weights" ? tensor.detach().view(stored_shape(tensor.sizes())) : tensor.detach();
     state.push_back({section, ShardLayout::replicated(name, stored.sizes().vec(), dtype, 1), stored});
   };
   for (const auto& item : model->named_parameters()) {
