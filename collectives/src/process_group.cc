@@ -20,8 +20,7 @@ bool Work::poll() {
 
 at::Tensor ProcessGroup::empty_mapped(int64_t numel, at::TensorOptions options) { return at::empty({numel}, options); }
 
-// NOLINTNEXTLINE(performance-unnecessary-value-param): those that can show keep the tensors
-std::unique_ptr<Shown> ProcessGroup::show(std::vector<at::Tensor>, Milliseconds) { return nullptr; }
+std::unique_ptr<Shown> ProcessGroup::show(const std::vector<at::Tensor>&, Milliseconds) { return nullptr; }
 
 std::string all_gather_bytes(ProcessGroup& group, std::span<const std::byte> value) {
   const auto n = static_cast<int64_t>(value.size());

@@ -107,7 +107,7 @@ class ShmGroup : public ProcessGroup {
     return empty_in(*channel_->memory, numel, options);
   }
 
-  std::unique_ptr<Shown> show(std::vector<at::Tensor> tensors, Milliseconds timeout) override {
+  std::unique_ptr<Shown> show(const std::vector<at::Tensor>& tensors, Milliseconds timeout) override {
     channel_->refuse_if_broken("show");
     return shm_show(channel_, tensors, timeout);
   }

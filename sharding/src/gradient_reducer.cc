@@ -29,14 +29,6 @@ at::Tensor merged(const at::Tensor& left, const at::Tensor& right) {
   return out;
 }
 
-std::vector<std::vector<int64_t>> shapes_of(const std::vector<size_t>& indices,
-                                            const std::vector<NamedParameter>& parameters) {
-  std::vector<std::vector<int64_t>> shapes;
-  shapes.reserve(indices.size());
-  for (const size_t i : indices) shapes.push_back(parameters[i].tensor.sizes().vec());
-  return shapes;
-}
-
 }  // namespace
 
 struct GradientReducer::Bucket {
@@ -110,9 +102,8 @@ void GradientReducer::build_buckets() {
       slots_[members[k]]->bucket = buckets_.size();
       slots_[members[k]]->in_bucket = k;
     }
-    const auto shapes = shapes_of(members, parameters_);
-    buckets_.push_back(std::make_unique<Bucket>(buckets_.size(), std::move(members),
-                                                BucketLayout(shapes, options_.num_shards, num_replicas())));
+    BucketLayout layout(shapes_of(members), options_.num_shards, num_replicas());
+    buckets_.push_back(std::make_unique<Bucket>(buckets_.size(), std::move(members), std::move(layout)));
     allocate(*buckets_.back());
   }
 }

@@ -47,6 +47,13 @@ bool GradientSync::may_share_bucket(size_t a, size_t b) const {
          parameters_[a].partial_kind == parameters_[b].partial_kind;
 }
 
+std::vector<std::vector<int64_t>> GradientSync::shapes_of(const std::vector<size_t>& members) const {
+  std::vector<std::vector<int64_t>> shapes;
+  shapes.reserve(members.size());
+  for (const size_t i : members) shapes.push_back(parameters_[i].tensor.sizes().vec());
+  return shapes;
+}
+
 void GradientSync::check_parameters_agree() {
   std::ostringstream mine;
   for (const auto& parameter : parameters_) mine << parameter.name << ' ' << parameter.tensor.sizes() << '\n';

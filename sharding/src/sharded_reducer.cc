@@ -71,14 +71,10 @@ void ShardedReducer::build_buckets() {
 }
 
 void ShardedReducer::allocate(std::vector<size_t> members, size_t unit) {
-  std::vector<std::vector<int64_t>> shapes;
-  for (size_t k = 0; k < members.size(); ++k) {
-    shapes.push_back(parameters_[members[k]].tensor.sizes().vec());
-    places_[members[k]] = {buckets_.size(), k};
-  }
+  for (size_t k = 0; k < members.size(); ++k) places_[members[k]] = {buckets_.size(), k};
   const auto f32 = parameters_[members[0]].tensor.options().requires_grad(false);
-  buckets_.push_back(
-      std::make_unique<Bucket>(std::move(members), BucketLayout(shapes, options_.num_shards, num_replicas()), unit));
+  BucketLayout layout(shapes_of(members), options_.num_shards, num_replicas());
+  buckets_.push_back(std::make_unique<Bucket>(std::move(members), std::move(layout), unit));
   Bucket& bucket = *buckets_.back();
   const nn::MemoryScope memory(nn::MemoryKind::kGradients);
   bucket.shard = at::full({bucket.layout.shard_numel(shard())}, kNothing, f32);

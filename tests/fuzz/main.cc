@@ -69,13 +69,15 @@ NextCase cases_of_seeds(int64_t first_seed, int64_t seeds, const std::string& pl
 }
 
 NextCase cases_of_file(const std::string& path) {
-  const auto file = std::make_shared<std::ifstream>(path);
-  if (!*file) throw IoError("reading", path, errno);
-  return [file]() -> std::optional<Case> {
-    for (std::string line; std::getline(*file, line);) {
-      if (!line.empty() && line[0] != '#') return parse(line);
-    }
-    return std::nullopt;
+  std::ifstream file(path);
+  if (!file) throw IoError("reading", path, errno);
+  std::vector<Case> cases;
+  for (std::string line; std::getline(file, line);) {
+    if (!line.empty() && line[0] != '#') cases.push_back(parse(line));
+  }
+  if (cases.empty()) throw ConfigError(path + " holds no case. Mend: a line for each, as a failure prints it");
+  return [cases = std::move(cases), next = size_t{0}]() mutable {
+    return next < cases.size() ? std::optional(cases[next++]) : std::nullopt;
   };
 }
 

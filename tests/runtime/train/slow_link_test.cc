@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include <lockstep/collectives/local_group.h>
+#include <lockstep/sharding/unit.h>
 #include <lockstep/train/trainer.h>
 
 #include "../../support/slow_group.h"
@@ -63,19 +64,37 @@ TEST_P(SlowLinkTest, WhatArrivesLateIsWaitedForAndChangesNoBit) {
   EXPECT_EQ(numbers_of(late.path()), expected);
 }
 
-// The model of the trainer's tests is no stack: nothing tells when it reads which parameter.
-TEST_P(SlowLinkTest, AModelThatIsNoStackFindsItsParametersWhole) {
+// No stack: nothing tells when it reads which parameter. This one reads a unit's before it calls any.
+class PenaltyTask : public test::RegressionTask {
+ public:
+  std::shared_ptr<torch::nn::Module> make_model() override {
+    torch::nn::Sequential model(unit<torch::nn::Linear>(4, 8), torch::nn::Tanh(), unit<torch::nn::Linear>(8, 1));
+    return model.ptr();
+  }
+  LossSum loss(torch::nn::Module& model, const data::Batch& batch) override {
+    const at::Tensor penalty = model.named_parameters()["2.weight"].square().sum();
+    const auto [sum, correct] = RegressionTask::loss(model, batch);
+    return {sum + penalty, correct};
+  }
+};
+
+class SlowLinkOfAnyModelTest : public testing::TestWithParam<int> {};
+INSTANTIATE_TEST_SUITE_P(ZeroStages, SlowLinkOfAnyModelTest, testing::Values(0, 1, 2));
+
+TEST_P(SlowLinkOfAnyModelTest, ParametersAreWholeBeforeTheirUnitIsCalled) {
   const TempDir alone, late;
   run_local_ranks(1, [&](ProcessGroup& group) {
-    test::RegressionTask task;
+    PenaltyTask task;
     train(group, at::kCPU, task, run_of(alone.path(), 0));
   });
   run_local_ranks(3, [&](ProcessGroup& group) {
     SlowGroup world(group, std::make_shared<SlowLink>(/*ns_per_byte=*/500));
-    test::RegressionTask task;
+    PenaltyTask task;
     train(world, at::kCPU, task, run_of(late.path(), GetParam()));
   });
-  EXPECT_EQ(numbers_of(late.path()), numbers_of(alone.path()));
+  const auto expected = numbers_of(alone.path());
+  ASSERT_EQ(expected.size(), 6);
+  EXPECT_EQ(numbers_of(late.path()), expected);
 }
 
 }  // namespace

@@ -337,6 +337,20 @@ TEST(TrainerCheckpointTest, WeightsOfAnotherRunStartANewOneAtStepZero) {
   EXPECT_EQ(started.weights, source.weights);
 }
 
+// The steps of a durable checkpoint do not run again: a kill right after it must not lose their lines.
+TEST(TrainerCheckpointTest, LinesOfItsStepsAreThereBeforeACheckpointIs) {
+  const TempDir dir;
+  std::vector<size_t> lines_at_commit;
+  FaultFs fs(real_fs(), [&](const std::string& kind, const std::string& path, int64_t) {
+    if (kind == "rename" && path.find("manifest") != std::string::npos)
+      lines_at_commit.push_back(lines_of(dir / "metrics.jsonl").size());
+    return Fault{};
+  });
+  run_on(
+      2, small_run(dir.path()), [](RegressionTask&) {}, fs);
+  EXPECT_THAT(lines_at_commit, testing::ElementsAre(5, 10, 12));
+}
+
 TEST(TrainerCheckpointTest, AFullDiskCostsTheCheckpointAndNotTheRun) {
   const TempDir dir;
   FaultFs fs(real_fs(), [](const std::string& kind, const std::string& path, int64_t) {

@@ -101,7 +101,7 @@ class ProcessGroup {
 
   /// Lets every rank read all `tensors` of all ranks; null on every rank where the back end cannot. Each rank may bring
   /// any number of any size; those from empty_mapped() are not even copied. They stay as they are until done().
-  virtual std::unique_ptr<Shown> show(std::vector<at::Tensor> tensors, Milliseconds timeout = kDefaultTimeout);
+  virtual std::unique_ptr<Shown> show(const std::vector<at::Tensor>& tensors, Milliseconds timeout = kDefaultTimeout);
 
   /// Ranks with equal `color` form a group, ordered by `key`, then rank. Collective over this group.
   virtual std::unique_ptr<ProcessGroup> split(int color, int key, const std::string& name) = 0;

@@ -95,6 +95,7 @@ class GradientSync {
   bool stands_alone(size_t parameter) const { return stands_alone_[parameter]; }
   /// Whether two parameters may share a bucket: whatever happens to a piece happens to both.
   bool may_share_bucket(size_t a, size_t b) const;
+  std::vector<std::vector<int64_t>> shapes_of(const std::vector<size_t>& members) const;
   void check_all_used();
 
   ProcessGroup& group_;
