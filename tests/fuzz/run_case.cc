@@ -107,11 +107,11 @@ Verdict compare_runs(const Case& c, Runs& runs) {
     if (c.fast == 0) return differs(which, difference(ours, uncut));
     return c.optimizer == 0 && c.bf16 == 0 ? differs(which, beyond(ours, uncut, kBound)) : Verdict();
   };
-  if (const Verdict verdict = check("layout", runs.train(c, c.layout, run_dir)); verdict.kind != Verdict::kSame)
+  if (Verdict verdict = check("layout", runs.train(c, c.layout, run_dir)); verdict.kind != Verdict::kSame)
     return verdict;
   if (c.resume_at > 0) {
     runs.forget_later_steps(run_dir);
-    const Verdict verdict = check("resumed", runs.train(c, c.then, run_dir));
+    Verdict verdict = check("resumed", runs.train(c, c.then, run_dir));
     if (verdict.kind != Verdict::kSame) return verdict;
   }
   if (c.tensor * c.context == 1 || c.bf16 || c.optimizer != 0) return {};

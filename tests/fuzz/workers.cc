@@ -79,9 +79,8 @@ class Worker {
     const std::string self = std::filesystem::read_symlink("/proc/self/exe");
     std::vector<std::string> words = {self, "--worker=" + work_dir_,
                                       "--timeout_s=" + std::to_string(options_.timeout.count() / 1000)};
-    std::vector<char*> arguments;
-    for (std::string& word : words) arguments.push_back(word.data());
-    arguments.push_back(nullptr);
+    std::vector<char*> arguments(words.size() + 1);  // ends with a null
+    std::transform(words.begin(), words.end(), arguments.begin(), [](std::string& word) { return word.data(); });
     errno = posix_spawn(&pid_, self.c_str(), &files, nullptr, arguments.data(), environ);
     posix_spawn_file_actions_destroy(&files);
     require(errno == 0, "starting");
@@ -124,6 +123,7 @@ class Worker {
 void run_on_workers(const WorkerOptions& options, const std::function<std::optional<Case>()>& next,
                     const std::function<bool(const Case&, const Verdict&)>& done) {
   std::vector<std::unique_ptr<Worker>> workers;
+  workers.reserve(options.jobs);
   for (int i = 0; i < options.jobs; ++i) workers.push_back(std::make_unique<Worker>(options, i));
   for (bool has_more = true;;) {
     std::vector<pollfd> polled;

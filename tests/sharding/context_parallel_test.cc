@@ -89,11 +89,12 @@ TEST_P(ContextParallelTest, LargeScoresMergeWithoutOverflow) {
 
 TEST_P(ContextParallelTest, ChunksFromBothEndsShareTheCausalWork) {
   const int size = GetParam();
-  at::Tensor seen = at::zeros({8 * size}, at::kLong);
+  const int64_t length = int64_t{8} * size;
+  at::Tensor seen = at::zeros({length}, at::kLong);
   std::mutex mutex;
   std::vector<int64_t> scores;
   run_local_ranks(size, [&](ProcessGroup& group) {
-    const at::Tensor positions = context_positions(8 * size, {&group});
+    const at::Tensor positions = context_positions(length, {&group});
     EXPECT_EQ(positions.numel(), 8);
     EXPECT_TRUE(positions.diff().gt(0).all().item<bool>());
     const std::lock_guard lock(mutex);

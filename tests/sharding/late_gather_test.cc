@@ -23,7 +23,7 @@ std::vector<LateGather::Parameter> parameters() {
 }
 
 // Row k of parameter i at step s.
-float wanted(size_t i, int64_t row, int step) {
+float wanted(size_t i, int64_t row, int64_t step) {
   return static_cast<float>(100 * step + 10 * static_cast<int64_t>(i)) + 0.25F * static_cast<float>(row);
 }
 

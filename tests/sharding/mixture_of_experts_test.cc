@@ -232,7 +232,7 @@ TEST(MixtureOfExpertsTest, TheBoxesOfSharedExpertsFillTheTensor) {
       EXPECT_EQ(layout.boxes[0].sizes[0], 60);  // three of five experts
       EXPECT_EQ(layout.boxes[2].offsets[0], 60);
       EXPECT_EQ(layout.boxes[5], layout.boxes[0]);
-      EXPECT_EQ(placement.box(), layout.boxes[2 * group.rank()]);
+      EXPECT_EQ(placement.box(), layout.boxes.at(size_t{2} * group.rank()));
     }
   });
 }

@@ -1,4 +1,5 @@
 // The oracle is the run that keeps everything: recomputed gradients must have its bits.
+#include <array>
 #include <chrono>
 #include <cstdio>
 #include <thread>
@@ -88,6 +89,7 @@ TEST_F(RecomputeTest, LanesAtOnceGetTheirOwnBits) {
   constexpr int kLanes = 4;
   std::vector<std::vector<at::Tensor>> kept, again(kLanes);
   std::vector<Stack> stacks;
+  stacks.reserve(kLanes);
   for (int i = 0; i < kLanes; ++i) stacks.emplace_back(3, BlockSizes(), /*is_llama=*/i % 2 == 1);
   nn::begin_step();
   const auto lane = [&](int i, Recompute how) {
@@ -102,8 +104,8 @@ TEST_F(RecomputeTest, LanesAtOnceGetTheirOwnBits) {
   };
   for (int i = 0; i < kLanes; ++i) kept.push_back(lane(i, Recompute::kNone));
   for (const auto how : {Recompute::kSelective, Recompute::kFull}) {
-    std::vector<std::thread> threads;
-    for (int i = 0; i < kLanes; ++i) threads.emplace_back([&, i] { again[i] = lane(i, how); });
+    std::array<std::thread, kLanes> threads;
+    for (int i = 0; i < kLanes; ++i) threads[i] = std::thread([&, i] { again[i] = lane(i, how); });
     for (auto& thread : threads) thread.join();
     for (int i = 0; i < kLanes; ++i) EXPECT_EQ(num_different(kept[i], again[i]), 0) << i;
   }
@@ -228,7 +230,7 @@ TEST_F(RecomputeTest, GradientHooksFireOnceAndNotWhileABodyRuns) {
   recompute(
       [&] {
         is_inside = true;
-        const at::Tensor y = stack.blocks[0].forward(normal({1, 12, 32}, 1));
+        at::Tensor y = stack.blocks[0].forward(normal({1, 12, 32}, 1));
         is_inside = false;
         return y;
       },
@@ -282,7 +284,7 @@ TEST_F(RecomputeTest, BackwardInsideALayerIsRefused) {
   const at::Tensor x = normal({4}, 1).requires_grad_();
   EXPECT_THAT(failure_of([&] {
                 recompute([&] {
-                  const at::Tensor y = (x * 2).exp();
+                  at::Tensor y = (x * 2).exp();
                   y.sum().backward();
                   return y;
                 });

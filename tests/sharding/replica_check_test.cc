@@ -49,6 +49,7 @@ std::vector<uint64_t> gathered(ProcessGroup& group, uint64_t digest) {
 TEST(ReplicaCheckTest, OneFlippedBitIsFoundWithinAnIntervalAndTheRightRankNamed) {
   for (uint64_t trial = 0; trial < 20; ++trial) {
     const auto draw = [&](uint64_t what, int64_t below) {
+      LOCKSTEP_CHECK(below > 0) << "nothing to draw from";
       return static_cast<int64_t>(stream_key(trial, what) % static_cast<uint64_t>(below));
     };
     const int64_t bad_rank = draw(0, 4), flip_step = draw(1, 2 * kInterval);

@@ -33,8 +33,8 @@ at::Tensor sum_of(int size, const std::function<at::Tensor(int)>& term) {  // in
   return sum.to(term(0).scalar_type());
 }
 at::Tensor joined(int size, const std::function<at::Tensor(int)>& part) {
-  std::vector<at::Tensor> all;
-  for (int rank = 0; rank < size; ++rank) all.push_back(part(rank));
+  std::vector<at::Tensor> all(size);
+  for (int rank = 0; rank < size; ++rank) all[rank] = part(rank);
   return at::cat(all, 1);
 }
 
@@ -45,8 +45,9 @@ TEST_P(TensorParallelTest, FunctionsAndTheirGradientsAreSumsInRankOrderAndParts)
       run_local_ranks(size, [&](ProcessGroup& group) {
         const TensorParallel tp{&group};
         const int rank = group.rank();
-        const auto part = [&](const at::Tensor& x) { return x.narrow(1, rank * 2, 2); };
-        const auto whole_of = [&](int r) { return normal({3, size * 2, width}, 10 + r, type); };
+        const int64_t begin = int64_t{2} * rank, length = int64_t{2} * size;
+        const auto part = [&](const at::Tensor& x) { return x.narrow(1, begin, 2); };
+        const auto whole_of = [&](int r) { return normal({3, length, width}, 10 + r, type); };
         const auto part_of = [&](int r) { return normal({3, 2, width}, 20 + r, type); };
         const auto check = [&](const char* what, auto function, const at::Tensor& x, const at::Tensor& upstream,
                                const at::Tensor& y, const at::Tensor& x_grad) {
@@ -90,7 +91,7 @@ void expect_the_plain_mlp(bool bias, const TensorParallel& tp, bool bf16) {
   if (bias) plain["up.bias"] = up.bias, plain["down.bias"] = down.bias;
   for (auto& [name, weight] : plain) nn::fill_normal(weight, 5, name, 1);
 
-  const int64_t tokens = 2 * tp.size();
+  const int64_t tokens = int64_t{2} * tp.size();
   const at::Tensor x = normal({3, tokens, 12}, 1).requires_grad_(), x_plain = x.detach().clone().requires_grad_();
   const Part part = sequence_part(tokens, tp);
   const at::Tensor y = mlp.forward(tp.is_sequence_parallel() ? x.narrow(1, part.begin, part.size) : x),
@@ -173,7 +174,7 @@ TEST_P(TensorParallelTest, DropoutOutsideRegionsIsThatOfOneRank) {
   run_local_ranks(GetParam(), [&](ProcessGroup& group) {
     const nn::StepScope scope({.seed = 3, .step = 2, .leaf = 1});
     const TensorParallel tp{&group, /*sequence_parallel=*/true};
-    const int64_t length = 3 * group.size();
+    const int64_t length = int64_t{3} * group.size();
     const Part part = sequence_part(length, tp);
     const at::Tensor x = normal({2, length, 5}, 1);
     EXPECT_TRUE(same_bits(sequence_dropout(x.narrow(1, part.begin, part.size), 0.4, true, 9, length, tp),

@@ -37,8 +37,9 @@ TEST_P(VocabParallelTest, EmbeddingIsTheRowsOfOneRank) {
       for (const bool sequence_parallel : {false, true}) {
         const TensorParallel tp{&group, sequence_parallel};
         VocabParallelEmbedding embedding(vocab, 6, tp);
-        const at::Tensor whole = normal({vocab, 6}, 1).requires_grad_(), ids = spread_ids({2, 3 * group.size()}, vocab),
-                         slope = normal({2, 3 * group.size(), 6}, 2);
+        const int64_t length = int64_t{3} * group.size();
+        const at::Tensor whole = normal({vocab, 6}, 1).requires_grad_(), ids = spread_ids({2, length}, vocab),
+                         slope = normal({2, length, 6}, 2);
         const auto placement = placements(embedding, tp)[0];
         fill_part(embedding.weight, placement, [&](const at::Tensor& w) { w.detach().copy_(whole); });
         const Part tokens = sequence_part(ids.size(1), tp), rows = placement.part();

@@ -285,8 +285,8 @@ void ParallelModel::join_terms(GradientSync& sync) {
   }
 }
 
-// A weight with one use on this stage and the other elsewhere: both get the sum of both. Stages go through their weights
-// in one order.
+// A weight with one use on this stage and the other elsewhere: both get the sum of both. Stages go through their
+// weights in one order.
 void ParallelModel::join_tied() {
   if (is_planted(Plant::kMissingTiedSum)) return;
   std::map<std::string, size_t> tied_away;

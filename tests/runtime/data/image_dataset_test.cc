@@ -21,7 +21,7 @@ std::string rows(int n) {
 }
 
 std::string zipped(const DataFolder& folder, const std::string& text) {
-  const auto path = folder.path("x.csv.gz");
+  std::string path = folder.path("x.csv.gz");
   gzFile file = gzopen(path.c_str(), "wb");
   gzwrite(file, text.data(), static_cast<unsigned>(text.size()));
   gzclose(file);
@@ -36,8 +36,8 @@ void expect_rows(const Dataset& dataset, int n) {
   for (int row = 0; row < n; ++row) {
     const auto i = indices[row];
     EXPECT_EQ(batch.tensors[1].const_data_ptr<int64_t>()[row], i % 10);
-    for (int pixel = 0; pixel < 4; ++pixel) {
-      EXPECT_FLOAT_EQ(batch.tensors[0].const_data_ptr<float>()[row * 4 + pixel],
+    for (int64_t pixel = 0; pixel < 4; ++pixel) {
+      EXPECT_FLOAT_EQ(batch.tensors[0][row].const_data_ptr<float>()[pixel],
                       static_cast<float>((i * 37 + pixel * 101) % 256) / 255.0f);
     }
   }

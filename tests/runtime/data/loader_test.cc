@@ -127,7 +127,7 @@ TEST(LoaderTest, IsDestroyedCleanlyWhileItsThreadIsBusyOrWaits) {
 }
 
 TEST(LoaderTest, ImpossibleOptionsAreRefused) {
-  const auto make = [](LoaderOptions options) { TrainingLoader loader(std::make_shared<Indices>(5), options); };
+  const auto make = [](const LoaderOptions& options) { TrainingLoader loader(std::make_shared<Indices>(5), options); };
   EXPECT_THROW(make({.prefetch_steps = 0}), CheckFailed) << "would wait for ever";
   EXPECT_THROW(make({.micro_batch_size = 0}), CheckFailed);
   EXPECT_THROW(make({.num_leaves = 2, .leaves = {1, 2}}), CheckFailed);

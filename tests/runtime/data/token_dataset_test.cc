@@ -31,7 +31,7 @@ std::string llmc(const std::vector<int64_t>& tokens, int32_t magic, int32_t vers
 }
 
 // One sequence of 3 tokens, then one of the rest, two documents.
-std::string megatron_index(int64_t tokens, int code, int width) {
+std::string megatron_index(int64_t tokens, int code, int64_t width) {
   const std::vector<int64_t> lengths{3, tokens - 3}, offsets{0, 3 * width}, documents{0, 1, 2};
   return std::string("MMIDIDX\0\0", 9) + packed<uint64_t>(std::vector<int64_t>{1}) + static_cast<char>(code) +
          packed<uint64_t>(std::vector<int64_t>{2, 3}) + packed<int32_t>(lengths) + packed<int64_t>(offsets) +
@@ -192,7 +192,8 @@ TEST(TokenDatasetTest, ReadsManyMillionTokensASecond) {
     for (int64_t i = 0; i < 12; ++i) indices[i] = (step * 12 + i) * 577 % dataset->size();
     tokens += dataset->get(indices).tensors[0].numel();
   }
-  const double rate = tokens / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  const double rate =
+      static_cast<double>(tokens) / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   std::cout << "tokens/s: " << rate << "\n";
   EXPECT_GT(rate, 2e7);
 }

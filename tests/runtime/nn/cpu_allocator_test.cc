@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <cstdio>
@@ -92,10 +93,15 @@ static_assert(kKinds.size() == kMemoryKinds);
 
 int64_t current(MemoryKind kind) { return cpu_memory(kind).current_bytes; }
 
+std::vector<int64_t> current_of_all() {
+  std::vector<int64_t> bytes(kKinds.size());
+  std::transform(kKinds.begin(), kKinds.end(), bytes.begin(), current);
+  return bytes;
+}
+
 TEST_F(CpuAllocatorTest, EveryKindCountsTheBytesAskedForAndNoOther) {
   for (const MemoryKind kind : kKinds) {
-    std::vector<int64_t> before;
-    for (const MemoryKind each : kKinds) before.push_back(current(each));
+    const std::vector<int64_t> before = current_of_all();
     {
       const MemoryScope scope(kind);
       const std::vector<at::Tensor> live = {bytes(0), bytes(1), bytes(65), bytes(1'000'003), bytes(3 * kMiB + 1)};
@@ -153,8 +159,7 @@ TEST_F(CpuAllocatorTest, PeaksOfKindsStartAgainFromWhatIsInUse) {
 }
 
 TEST_F(CpuAllocatorTest, KindsAreExactWhenThreadsTakeAndFreeAtOnce) {
-  std::vector<int64_t> before;
-  for (const MemoryKind kind : kKinds) before.push_back(current(kind));
+  const std::vector<int64_t> before = current_of_all();
   std::vector<std::thread> threads;
   std::vector<at::Tensor> left(kKinds.size());
   for (size_t i = 0; i < kKinds.size(); ++i) {
@@ -186,9 +191,9 @@ TEST_F(CpuAllocatorTest, DISABLED_CostOfASmallBlock) {
 TEST_F(CpuAllocatorTest, ThreadsThatTakeAndFreeNeverShareABlock) {
   const int64_t before = cpu_memory().current_bytes;
   std::atomic<int> clashes = 0;
-  std::vector<std::thread> threads;
+  std::array<std::thread, 4> threads;
   for (int thread = 0; thread < 4; ++thread) {
-    threads.emplace_back([&, thread] {
+    threads[thread] = std::thread([&, thread] {
       std::vector<at::Tensor> live(8);
       for (int i = 0; i < 3000; ++i) {
         at::Tensor& slot = live[static_cast<size_t>(i * 5 % 8)];

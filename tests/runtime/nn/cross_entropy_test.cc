@@ -50,7 +50,8 @@ TEST_P(LossTest, OfAProductIsTheFormulaWhateverTheChunks) {
     // A sum over the vocabulary runs in 32 lanes, so some hundred additions; logits up to 15 carry 15 roundings.
     EXPECT_LE(error_of(ours.output, exact.output), 64 * kF32) << s.rows << " x " << s.vocab;
     // LibTorch's product with so few columns sums over the vocabulary one by one.
-    EXPECT_LE(error_of(ours.grads[0], exact.grads[0]), (512 + s.vocab / 8) * kF32) << s.rows << " x " << s.vocab;
+    EXPECT_LE(error_of(ours.grads[0], exact.grads[0]), (512 + static_cast<double>(s.vocab) / 8) * kF32)
+        << s.rows << " x " << s.vocab;
     EXPECT_LE(error_of(ours.grads[1], exact.grads[1]), 512 * kF32) << s.rows << " x " << s.vocab;
     EXPECT_EQ(ours.output.scalar_type(), at::kFloat);
   }

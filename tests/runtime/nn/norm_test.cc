@@ -51,7 +51,7 @@ TEST_P(NormTest, AndItsGradientsAreTheFormulas) {
     Tensors in = kind.make(sizes);
     const auto e =
         errors([&](const Tensors& t) { return kind.ours(t); }, [&](const Tensors& t) { return kind.exact(t); }, in);
-    const auto rows = static_cast<double>(in[0].numel() / sizes.back());
+    const double rows = static_cast<double>(in[0].numel()) / static_cast<double>(sizes.back());
     EXPECT_LE(e.output, kind.is_bf16_out() ? 1.01 * kBf16 : 32 * kF32) << at::IntArrayRef(sizes);
     EXPECT_LE(e.grads[0], kind.input == at::kBFloat16 ? 1.01 * kBf16 : 64 * kF32) << at::IntArrayRef(sizes);
     for (size_t i = 1; i < in.size(); ++i)  // summed row by row in f32, whatever the type of x

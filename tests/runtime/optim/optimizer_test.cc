@@ -236,9 +236,10 @@ TEST_P(AnyOptimizerTest, PartsOnThreadsCoverEveryElementOnceWithTheSameBits) {
     optimizer->attach(cut.parameters);
     for (int step = 0; step < 3; ++step) {
       cut.set_grads(step);
-      std::vector<std::thread> lanes;
+      std::vector<std::thread> lanes(parts);
       for (int part = 0; part < parts; ++part) {
-        lanes.emplace_back([&, part] { optimizer->step({.learning_rate = 0.03, .step = step + 1}, part, parts); });
+        lanes[part] =
+            std::thread([&, part] { optimizer->step({.learning_rate = 0.03, .step = step + 1}, part, parts); });
       }
       for (auto& lane : lanes) lane.join();
     }

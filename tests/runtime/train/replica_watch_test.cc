@@ -194,7 +194,7 @@ TEST(ReplicaWatchTest, OffItLetsEverythingPass) {
 
 // Ranks 0 and 1 have stage 0, ranks 2 and 3 stage 1; a tied weight is on both.
 TEST(ReplicaWatchTest, SetsFollowTheLayoutsOnEveryRankAlike) {
-  const auto tensor = [](const std::string& name, std::vector<int> sizes) {
+  const auto tensor = [](const std::string& name, const std::vector<int>& sizes) {
     checkpoint::StateTensor state{"weights", {name, {8}, "F32", {}}, {}};
     for (const int size : sizes) state.layout.boxes.push_back({{0}, {size}});
     return state;

@@ -342,7 +342,7 @@ TEST(TrainerCheckpointTest, LinesOfItsStepsAreThereBeforeACheckpointIs) {
   const TempDir dir;
   std::vector<size_t> lines_at_commit;
   FaultFs fs(real_fs(), [&](const std::string& kind, const std::string& path, int64_t) {
-    if (kind == "rename" && path.find("manifest") != std::string::npos)
+    if (kind == "rename" && path.ends_with("MANIFEST"))
       lines_at_commit.push_back(lines_of(dir / "metrics.jsonl").size());
     return Fault{};
   });

@@ -82,7 +82,7 @@ class FullySharded {
   Milliseconds timeout_;
   metrics::TraceTrack track_;
   std::vector<std::unique_ptr<State>> units_;
-  std::vector<size_t> order_, seen_;  // of forward: expected, and in this one
+  std::vector<size_t> order_, seen_;                      // of forward: expected, and in this one
   std::map<size_t, std::vector<BackwardCall>> backward_;  // the last one of each part
   std::vector<BackwardCall> calls_;                       // in this backward
   bool both_ = false;

@@ -10,10 +10,10 @@
 namespace lockstep {
 
 struct GradientReducerOptions {
-  int64_t num_leaves = 1;                 ///< micro-batches of a global batch, over all ranks of the group
-  int num_shards = 1;                     ///< ranks a gradient is sharded over, neighbours; divides the group's size
+  int64_t num_leaves = 1;                    ///< micro-batches of a global batch, over all ranks of the group
+  int num_shards = 1;                        ///< ranks a gradient is sharded over, neighbours; divides the group's size
   int64_t bucket_bytes = int64_t{25} << 20;  ///< PyTorch DDP's default (kDefaultBucketBytesCap)
-  int64_t first_bucket_bytes = 1 << 20;   ///< a small first bucket leaves early (kDefaultFirstBucketBytes)
+  int64_t first_bucket_bytes = 1 << 20;      ///< a small first bucket leaves early (kDefaultFirstBucketBytes)
   Reduction reduction = Reduction::kOrdered;
   bool has_terms_beyond_group = false;  ///< the caller adds to pieces() before publish()
   Milliseconds timeout = ProcessGroup::kDefaultTimeout;

@@ -65,7 +65,8 @@ class Ledger {
   /// Goes on with the file at `path`. A torn last line, of a crash, is cut off.
   /// @throws CorruptData when the chain of an existing file is broken. @throws IoError.
   Ledger(Fs& fs, const std::string& path);
-  /// `fields_json`: a JSON object merged into the line. Events: start, resume, durable, skipped, preempted, replica_fault, end.
+  /// `fields_json`: a JSON object merged into the line. Events: start, resume, durable, skipped, preempted,
+  /// replica_fault, end.
   /// @throws IoError; from the first on, every call does.
   void append(const std::string& event, const std::string& fields_json);
   ~Ledger();

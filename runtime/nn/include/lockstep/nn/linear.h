@@ -7,8 +7,8 @@ namespace lockstep::nn {
 
 /// y = x weight^T + bias on the last dim. Under bf16: bf16 products and output, f32 gradients of weight and bias.
 /// @param weight [out, in] f32. @param bias [out] f32 or undefined.
-/// Why not at::linear: under autocast LibTorch casts the weight on every call and sums bias gradients in bf16; in f32 it
-/// knows MKL alone, which oneDNN outruns on CPUs of other makers than Intel.
+/// Why not at::linear: under autocast LibTorch casts the weight on every call and sums bias gradients in bf16; in f32
+/// it knows MKL alone, which oneDNN outruns on CPUs of other makers than Intel.
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias);
 
 /// Parameters "weight" [out, in] and, unless `bias` is false, "bias" [out]. Left for initialisation by the task.
