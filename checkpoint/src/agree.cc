@@ -10,17 +10,17 @@
 
 #include <lockstep/base/error.h>
 #include <lockstep/base/log.h>
+#include <lockstep/format/reader.h>
 
 namespace lockstep::checkpoint {
 namespace {
 
-Outcome outcome_of(int error_number) {
-  // A name that leads nowhere, or to something that is no regular file, is damage; a full table may have room soon.
-  constexpr std::array<int, 4> kMissing = {ENOENT, ENOTDIR, ELOOP, EINVAL};
+Outcome outcome_of(const IoError& error) {
+  if (format::is_damage(error)) return Outcome::kCorrupt;
+  // A full table may have room soon.
   constexpr std::array<int, 7> kPassing = {EMFILE, ENFILE, ENOMEM, EAGAIN, EINTR, ESTALE, ETIMEDOUT};
-  if (std::find(kMissing.begin(), kMissing.end(), error_number) != kMissing.end()) return Outcome::kCorrupt;
-  if (std::find(kPassing.begin(), kPassing.end(), error_number) != kPassing.end()) return Outcome::kBusy;
-  return Outcome::kFailed;
+  const bool passes = std::find(kPassing.begin(), kPassing.end(), error.error_number()) != kPassing.end();
+  return passes ? Outcome::kBusy : Outcome::kFailed;
 }
 
 int64_t reduce(ProcessGroup& world, int64_t mine, ReduceOp op, Milliseconds timeout) {
@@ -58,7 +58,7 @@ Verdict try_quietly(const std::function<void()>& work) {
     work();
     return {};
   } catch (const IoError& error) {
-    return {outcome_of(error.error_number()), error.what()};
+    return {outcome_of(error), error.what()};
   } catch (const CorruptData& error) {
     return {Outcome::kCorrupt, error.what()};
   } catch (const Fenced& error) {

@@ -9,6 +9,7 @@ import fnmatch
 import json
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -160,6 +161,44 @@ class AllReduceRow:
         return 1e6 / float(run([*MPIRUN, self.program, "mpi", self.bytes], OMP_NUM_THREADS="1", **settings))
 
 
+class CheckpointRow:
+    """One checkpoint over 2 ranks: saved with every fsync, or loaded from the page cache with every byte verified."""
+
+    unit = "1/s"
+    peers = {"save": {"plain writer": ("write", 0.9), "PyTorch DCP": ("save", 1.0)}, "load": {"plain pread": ("read", 0.8), "PyTorch DCP": ("load", 2.0)}}
+
+    def __init__(self, bin_dir, gib, what, peer_name):
+        self.program, self.bytes, self.what, self.peer_name = bin_dir.parent / "tests/checkpoint_bench", gib << 30, what, peer_name
+        self.peer_what, self.goal = self.peers[what][peer_name]
+        self.name = f"checkpoint/{gib} GiB/{what}/{peer_name}"
+
+    def why_not(self):
+        free = shutil.disk_usage(tempfile.gettempdir()).free
+        return f"{free >> 30} GiB are free in {tempfile.gettempdir()}" if free < 4 * self.bytes else None
+
+    def prepare(self, folder):
+        self.folder = folder
+        if self.what == "load":
+            run([*MPIRUN, self.program, "save", self.bytes, folder / "ours"], OMP_NUM_THREADS="1")
+            if self.peer_name == "PyTorch DCP":
+                run(TORCHRUN + [ROOT / "tests/bench/peers/checkpoint_dcp.py", "save", self.bytes, folder / "peer"], OMP_NUM_THREADS="1")
+
+    def timed(self, command, folder):
+        folder.mkdir(exist_ok=True)
+        seconds = float(run([*command, self.bytes, folder], OMP_NUM_THREADS="1").split()[-1])
+        if self.what == "save":
+            shutil.rmtree(folder)
+        return 1 / seconds
+
+    def ours(self):
+        return self.timed([*MPIRUN, self.program, self.what], self.folder / "ours")
+
+    def peer(self):
+        if self.peer_name == "PyTorch DCP":
+            return self.timed([*TORCHRUN, ROOT / "tests/bench/peers/checkpoint_dcp.py", self.peer_what], self.folder / "peer")
+        return self.timed([*MPIRUN, self.program, self.peer_what], self.folder / "ours")
+
+
 def measure(row, rounds):
     with tempfile.TemporaryDirectory() as folder:
         row.prepare(pathlib.Path(folder))
@@ -182,6 +221,7 @@ def main():
     rows = [TrainingRow(bin_dir, size, precision, layout) for size in SIZES for precision in ("fp32", "bf16") for layout in ("1 process", "2 ranks")]
     rows += [TrainingRow(bin_dir, *row) for row in PARALLEL_ROWS] + [StartRow(bin_dir)]
     rows += [AllReduceRow(bin_dir, bytes, memory, peer) for bytes in ALL_REDUCE_BYTES for memory in ("mapped", "plain") for peer in ALL_REDUCE_PEERS]
+    rows += [CheckpointRow(bin_dir, gib, what, peer) for gib in (1, 4) for what, peers in CheckpointRow.peers.items() for peer in peers]
     results = []
     print(f"{'row':46} {'ours':>10} {'peer':>10} {'ratio':>6}  spread       goal  peer")
     for row in rows:

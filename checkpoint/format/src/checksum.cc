@@ -21,9 +21,9 @@ std::string hex32(XXH128_hash_t hash) {
 
 }  // namespace
 
-uint32_t crc32c(std::span<const std::byte> bytes) {
+uint32_t crc32c(std::span<const std::byte> bytes, uint32_t before) {
   constexpr size_t kPiece = size_t{1} << 30;  // the library counts in int
-  uint32_t state = 0xffffffffU;
+  uint32_t state = ~before;
   while (!bytes.empty()) {
     const auto piece = bytes.first(std::min(bytes.size(), kPiece));
     // The library's signature lacks const; it only reads.

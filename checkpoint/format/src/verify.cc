@@ -1,6 +1,8 @@
 // What reads a whole checkpoint: digests and verification, tensor by tensor on several threads.
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <cerrno>
 #include <exception>
 #include <mutex>
 #include <thread>
@@ -72,22 +74,36 @@ CheckpointDigests compute_digests(const Reader& reader, const ProgressCallback& 
   return digests;
 }
 
+bool is_damage(const IoError& error) {
+  constexpr std::array<int, 4> kNoSuchFile = {ENOENT, ENOTDIR, ELOOP, EINVAL};
+  return std::find(kNoSuchFile.begin(), kNoSuchFile.end(), error.error_number()) != kNoSuchFile.end();
+}
+
 std::vector<std::string> verify(Fs& fs, const std::string& path, const ProgressCallback& progress, int threads) {
   std::vector<std::string> problems;
+  std::exception_ptr no_answer;
   std::mutex mutex;
   try {
     const Reader reader(fs, path);
     for_each_tensor(reader.manifest(), threads, progress, [&](const std::string& key) {
       try {
         reader.verify_tensor(key);
+      } catch (const IoError& error) {
+        const std::lock_guard lock(mutex);
+        if (!is_damage(error)) no_answer = std::current_exception();
+        problems.emplace_back(error.what());
       } catch (const std::exception& error) {
         const std::lock_guard lock(mutex);
         problems.emplace_back(error.what());
       }
     });
+  } catch (const IoError& error) {
+    if (!is_damage(error)) throw;
+    problems.emplace_back(error.what());
   } catch (const Error& error) {
     problems.emplace_back(error.what());
   }
+  if (no_answer) std::rethrow_exception(no_answer);
   std::sort(problems.begin(), problems.end());
   return problems;
 }

@@ -81,17 +81,16 @@ TEST(ReaderTest, OnlyTheChunksABoxNeedsAreRead) {
   const std::vector<int64_t> shape = {4 << 20, 4};  // 16 chunks
   const TempDir directory;
   write_checkpoint(directory.path(), {{"w", "F32", shape, {Box::whole(shape)}}});
-  std::atomic<int64_t> reads{0};
-  FaultFs counting(real_fs(), [&](const std::string& kind, const std::string&, int64_t) {
-    if (kind == "read") ++reads;
-    return Fault{};
-  });
-  const Reader reader(counting, directory.path());
-  reads = 0;
+  FaultFs watched(real_fs(), [](const std::string&, const std::string&, int64_t) { return Fault{}; });
+  const Reader reader(watched, directory.path());
+  const size_t before = watched.log().size();
   const Box wanted{{1 << 20, 0}, {10, 4}};
   std::vector<std::byte> bytes(160);
   reader.read("w", wanted, bytes);
-  EXPECT_EQ(reads, 1);
+  uint64_t bytes_read = 0;
+  const auto log = watched.log();
+  for (size_t i = before; i < log.size(); ++i) bytes_read += std::stoull(log[i].substr(log[i].rfind(' ') + 1));
+  EXPECT_EQ(bytes_read, kChunkBytes);
 }
 
 TEST(ReaderTest, DigestsDoNotDependOnTheLayoutButOnEverythingElse) {
@@ -181,6 +180,19 @@ TEST(VerifyTest, NamesFileTensorAndChunkOfEachDamage) {
               ElementsAre(testing::AllOf(HasSubstr("tensor 'w'"), HasSubstr(shard_name(1, 2)), HasSubstr("chunk 1"))));
   std::filesystem::remove(shard);
   EXPECT_THAT(verify(real_fs(), directory.path()), ElementsAre(HasSubstr("No such file")));
+}
+
+TEST(VerifyTest, StorageThatCannotBeReadGivesNoVerdict) {
+  const TempDir directory;
+  write_checkpoint(directory.path(), {{"w", "F32", {4}, {Box::whole({4})}}});
+  for (const char* file : {"MANIFEST", "shard"}) {
+    for (const char* what : {"open", "read"}) {
+      FaultFs fs(real_fs(), [&](const std::string& kind, const std::string& path, int64_t) {
+        return kind == what && path.find(file) != std::string::npos ? Fault{.error_number = EIO} : Fault{};
+      });
+      EXPECT_THROW(verify(fs, directory.path()), IoError) << what << " " << file;
+    }
+  }
 }
 
 TEST(VerifyTest, RefusesLinksFifosAndFoldersInPlaceOfShards) {

@@ -25,7 +25,7 @@ Box intersection(const Box& a, const Box& b);
 /// Whether the boxes are disjoint and together fill a tensor of this shape. Empty boxes fill nothing and are welcome.
 ///
 /// Cost: n 2^d log(n 2^d) for n boxes cut along d dims, so that a hostile list of a million boxes costs no n^2.
-/// @return false too when n 2^d passes 2^26: no sane layout does.
+/// @return false too when n 2^d passes 2^20: no sane layout does.
 bool tiles(const std::vector<Box>& boxes, const std::vector<int64_t>& shape);
 
 /// Calls `run(offset in from, offset in to, elements)` for each stretch of `part` (in tensor coordinates, inside both

@@ -10,7 +10,8 @@ namespace lockstep::format {
 
 /// CRC32C (Castagnoli; check value of "123456789" is e3069283): against accidents, not against people.
 /// Cost: ISA-L's folding code, several GB/s a core. Source: RFC 3720, appendix B.4.
-uint32_t crc32c(std::span<const std::byte> bytes);
+/// @param before the checksum of what comes before `bytes`: pieces in a row give the checksum of all.
+uint32_t crc32c(std::span<const std::byte> bytes, uint32_t before = 0);
 uint32_t crc32c(const std::string& text);
 
 /// Eight lower-case hex digits, so that a checksum's place can be reserved before it is known.

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include <lockstep/base/error.h>
 #include <lockstep/base/fs.h>
 #include <lockstep/format/manifest.h>
 #include <lockstep/format/tensor_file.h>
@@ -76,7 +77,11 @@ struct CheckpointDigests {
 /// Reads every byte once. `threads` 0: one a core, 8 at most. @throws CorruptData, IoError.
 CheckpointDigests compute_digests(const Reader& reader, const ProgressCallback& progress = {}, int threads = 0);
 
+/// Whether the checkpoint is at fault and not the storage under it: a name that leads nowhere, or to no regular file.
+bool is_damage(const IoError& error);
+
 /// Everything wrong with a checkpoint, one message each; empty: every byte is good. Never throws for corrupt data.
+/// @throws IoError when storage keeps it from being read: nothing is known then.
 std::vector<std::string> verify(Fs& fs, const std::string& path, const ProgressCallback& progress = {},
                                 int threads = 0);
 
