@@ -67,10 +67,15 @@ Progress Store::read_into(const std::string& path, const std::vector<StateTensor
 std::string Store::list_newest_first(bool& any) {
   const std::string listing = on_chief(world_, options_.timeout, [&] {
     std::string text;
-    bool found = false;
+    bool found = !options_.known_durable.empty();
+    remove_retired(fs_, checkpoints());
     for (const format::Candidate& candidate : format::list_candidates(fs_, checkpoints())) {
       // Without a manifest: left by a start that died. One that superseded us may still be writing; leave it alone.
-      if (!candidate.complete && candidate.epoch <= options_.epoch) remove_unfinished(fs_, candidate.path);
+      if (has_lost_manifest(candidate)) {
+        LOG(ERROR) << "'" << candidate.path << "' was durable and has lost its MANIFEST; it is passed by and kept";
+      } else if (!candidate.complete && candidate.epoch <= options_.epoch) {
+        remove_unfinished(fs_, candidate.path);
+      }
       if (!candidate.complete) continue;
       found = true;
       if (!candidate.quarantined) text += candidate.path + "\n";
@@ -113,7 +118,7 @@ std::optional<Progress> Store::load_newest(const std::vector<StateTensor>& state
   }
   throw CorruptData(
       "no checkpoint in '" + checkpoints() + "' is good:" + reasons +
-      (reasons.empty() ? "\n  all are in quarantine since an earlier start" : "") +
+      (reasons.empty() ? "\n  those that were durable are gone, without their MANIFEST or in quarantine" : "") +
       "\nMend: look at them with lockstep verify (a file QUARANTINED in a good one may be removed); start "
       "over only on purpose, with --resume=never or another --run_dir");
 }

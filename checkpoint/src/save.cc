@@ -36,6 +36,15 @@ void remove_unfinished(Fs& fs, const std::string& directory) {
   try_here("removing '" + directory + "'", [&] { remove_folder(fs, directory); });
 }
 
+void remove_retired(Fs& fs, const std::string& checkpoints) {
+  if (!fs.exists(checkpoints)) return;
+  const std::string prefix = checkpoints + "/";
+  for (const std::string& name : fs.list_directory(checkpoints)) {
+    if (!name.ends_with(format::kRetiredSuffix)) continue;
+    try_here("removing '" + prefix + name + "'", [&] { remove_folder(fs, prefix + name); });
+  }
+}
+
 bool Store::save(const Progress& progress, const std::vector<StateTensor>& state) {
   check_state(state);
   const auto start = std::chrono::steady_clock::now();
@@ -58,6 +67,7 @@ bool Store::save(const Progress& progress, const std::vector<StateTensor>& state
   }
   if (verdict.outcome == Outcome::kFenced) throw Fenced(verdict.reason);
   if (verdict.outcome != Outcome::kDone) return false;
+  options_.known_durable.insert(format::directory_name(progress.step, options_.epoch));
   last_save_seconds_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   if (chief) try_here("removing old checkpoints", [&] { retire_old(); });
   return true;
@@ -152,14 +162,22 @@ void Store::abandon(const std::string& directory, const std::string& doing) {
   if (chief) clean([&] { fs_.remove_directory(directory); });
 }
 
-// Only what is older than keep_last good ones goes. Unfinished folders are failed attempts whose cleaning failed too.
+bool Store::has_lost_manifest(const format::Candidate& candidate) const {
+  return !candidate.complete &&
+         options_.known_durable.contains(format::directory_name(candidate.step, candidate.epoch));
+}
+
+// Only what is older than keep_last good ones goes, under another name first: a manifest that is missing under the own
+// one was not taken away by us. Unfinished folders are failed attempts whose cleaning failed too.
 void Store::retire_old() {
   int64_t kept = 0;
   for (const format::Candidate& candidate : format::list_candidates(fs_, checkpoints())) {
     if (candidate.epoch > options_.epoch || (candidate.complete && candidate.quarantined)) continue;
-    if (candidate.complete && ++kept <= options_.keep_last) continue;
-    remove_folder(fs_, candidate.path);
+    if (has_lost_manifest(candidate) || (candidate.complete && ++kept <= options_.keep_last)) continue;
+    fs_.rename_exclusive(candidate.path, candidate.path + format::kRetiredSuffix);
+    fs_.sync_directory(checkpoints());
   }
+  remove_retired(fs_, checkpoints());
 }
 
 }  // namespace lockstep::checkpoint

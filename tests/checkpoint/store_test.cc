@@ -112,13 +112,15 @@ TEST(StoreTest, TheCallsOfASaveComeInTheOrderThatSurvivesAPowerLoss) {
     const std::string call = kind + " " + std::filesystem::path(path).filename().string();
     if (kind != "read" && kind != "list" && (calls.empty() || calls.back() != call)) calls.push_back(call);
   }
-  const std::string shard = format::shard_name(0, 1), folder = "step-00000003.e0001", old = "step-00000001.e0001";
+  const std::string shard = format::shard_name(0, 1), folder = "step-00000003.e0001",
+                    old = "step-00000001.e0001.retired";
   EXPECT_THAT(calls, ElementsAre("mkdir " + folder, "sync_directory checkpoints", "open " + shard, "allocate " + shard,
                                  "write " + shard, "sync " + shard, "close " + shard, "sync_directory " + folder,
                                  "open " + shard, "open MANIFEST.tmp", "write MANIFEST.tmp", "sync MANIFEST.tmp",
                                  "close MANIFEST.tmp", "sync_directory " + folder, "rename MANIFEST",
-                                 "sync_directory " + folder, "sync_directory checkpoints", "unlink MANIFEST",
-                                 "sync_directory " + old, "unlink " + shard, "rmdir " + old));
+                                 "sync_directory " + folder, "sync_directory checkpoints", "rename " + old,
+                                 "sync_directory checkpoints", "unlink MANIFEST", "sync_directory " + old,
+                                 "unlink " + shard, "rmdir " + old));
 }
 
 TEST(StoreTest, AnEmptyRunLoadsNothing) {
@@ -153,7 +155,7 @@ TEST(StoreTest, UnfinishedFoldersOfEarlierStartsAreRemovedButNotThoseOfALaterOne
   const TempDir run;
   save_as(run.path(), 1, Cut::kReplicated, 1, 0);
   const std::string checkpoints = run.path() + "/checkpoints";
-  for (const char* name : {"/step-00000002.e0001", "/step-00000002.e0007"}) {
+  for (const char* name : {"/step-00000002.e0001", "/step-00000002.e0007", "/step-00000000.e0001.retired"}) {
     std::filesystem::create_directory(checkpoints + name);
     std::ofstream(checkpoints + name + "/shard-00001-model-00001-of-00001.safetensors") << "half";
   }

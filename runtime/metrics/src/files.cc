@@ -10,6 +10,7 @@
 #include <xxhash.h>
 
 #include <lockstep/base/error.h>
+#include <lockstep/base/log.h>
 #include <lockstep/metrics/run_log.h>
 
 namespace lockstep::metrics {
@@ -89,11 +90,17 @@ std::optional<nlohmann::json> parse_object(const std::string& line) {
 
 class MetricsFile::Impl {
  public:
-  Impl(Fs& fs, const std::string& path, int64_t resume_step) : file_(fs, cut(fs, path, resume_step)) {}
+  Impl(Fs& fs, const std::string& path, int64_t resume_step) : path_(path), file_(fs, cut(fs, path, resume_step)) {}
   void append(const std::string& line) { pending_ += line; }
   void flush() {
-    file_.append(pending_);
-    pending_.clear();
+    try {
+      file_.append(pending_);
+      pending_.clear();
+      is_behind_ = false;
+    } catch (const IoError& error) {  // numbers are no reason to stop training
+      if (!is_behind_) LOG(WARNING) << error.what() << "; lines wait in memory. Mend: make room in '" << path_ << "'";
+      is_behind_ = true;
+    }
   }
   size_t pending() const { return pending_.size(); }
 
@@ -110,19 +117,16 @@ class MetricsFile::Impl {
     return path;
   }
 
+  std::string path_;
   LineFile file_;
   std::string pending_;
+  bool is_behind_ = false;
 };
 
 MetricsFile::MetricsFile(Fs& fs, const std::string& path, int64_t resume_step)
     : impl_(std::make_unique<Impl>(fs, path, resume_step)) {}
 
-MetricsFile::~MetricsFile() {
-  try {
-    flush();
-  } catch (const Error&) {  // a full disk must not turn the end of a run into a crash
-  }
-}
+MetricsFile::~MetricsFile() { flush(); }
 
 void MetricsFile::append(int64_t step, const Scalars& scalars) {
   std::string line = "{\"step\":" + std::to_string(step);
@@ -161,39 +165,46 @@ Chain follow_chain(const std::string& path, const std::string& text) {
 
 }  // namespace
 
+std::vector<std::string> read_ledger(Fs& fs, const std::string& path) {
+  return lines_of(follow_chain(path, read_whole(fs, path)).kept);
+}
+
 int64_t verify_ledger(Fs& fs, const std::string& path) {
   return follow_chain(path, read_text(fs, path, kLimitBytes)).events;
 }
 
 class Ledger::Impl {
  public:
-  Impl(Fs& fs, const std::string& path) : path_(path), last_(open_chain(fs, path)), file_(fs, path) {}
+  Impl(Fs& fs, const std::string& path)
+      : fs_(fs), path_(path), last_(open_chain(/*anew=*/false)), file_(std::make_unique<LineFile>(fs, path)) {}
 
   void append(const std::string& event, const std::string& fields_json) {
-    // After a failure nobody knows how much of the line is there; the next start cuts what is torn and goes on.
-    if (failed_) throw IoError("appending, after a failure, to", path_, EIO);
+    if (!file_) {  // after a failure nobody knows how much of the line is there, nor whether it will last
+      last_ = open_chain(/*anew=*/true);
+      file_ = std::make_unique<LineFile>(fs_, path_);
+    }
     nlohmann::ordered_json line = {{"event", event}, {"unix_s", static_cast<int64_t>(std::time(nullptr))}};
     line.update(nlohmann::ordered_json::parse(fields_json));
     line["previous"] = last_;
     const std::string text = line.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
-    failed_ = true;
-    file_.append(text + "\n");
-    file_.sync();
-    failed_ = false;
+    auto file = std::move(file_);
+    file->append(text + "\n");
+    file->sync();
+    file_ = std::move(file);
     last_ = hash_of(text);
   }
 
  private:
   // A torn last line is cut off: append() had not returned, so its event was never reported.
-  static std::string open_chain(Fs& fs, const std::string& path) {
-    const Chain chain = follow_chain(path, read_whole(fs, path));
-    if (chain.torn) rewrite(fs, path, chain.kept);
+  std::string open_chain(bool anew) {
+    const Chain chain = follow_chain(path_, read_whole(fs_, path_));
+    if (chain.torn || anew) rewrite(fs_, path_, chain.kept);
     return chain.last;
   }
 
+  Fs& fs_;
   std::string path_, last_;
-  LineFile file_;
-  bool failed_ = false;
+  std::unique_ptr<LineFile> file_;  // null after a failure
 };
 
 Ledger::Ledger(Fs& fs, const std::string& path) : impl_(std::make_unique<Impl>(fs, path)) {}

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <set>
 
 #include <unistd.h>
 
@@ -104,6 +105,7 @@ class Trainer {
   int num_lanes();
   void build_data();
   void open_run();
+  std::set<std::string> known_durable();
   void watch_replicas();
   void resume();
 
@@ -117,6 +119,8 @@ class Trainer {
 
   void evaluate();
   void save();
+  void save_at_last();
+  void note(const std::string& event, const nlohmann::ordered_json& fields);
   void stop_if_asked(bool asked);
   void sign_off();
   void show_result();
@@ -184,7 +188,8 @@ void Trainer::open_run() {
                                                checkpoint::Options{.run_dir = options_.run_dir,
                                                                    .keep_last = options_.keep_checkpoints,
                                                                    .epoch = epoch_,
-                                                                   .timeout = options_.runtime.collective_timeout});
+                                                                   .timeout = options_.runtime.collective_timeout,
+                                                                   .known_durable = known_durable()});
   resume();
   watch_replicas();
   loader_ = std::make_unique<data::TrainingLoader>(training_,
@@ -215,6 +220,18 @@ void Trainer::open_run() {
             << options_.num_leaves() << " micro-batches of " << options_.micro_batch_size << " a step, "
             << lanes_.size() << " at once on this rank, " << options_.precision << ", run directory "
             << options_.run_dir;
+}
+
+// Folders of checkpoints, by the ledger; rank 0 alone reads it.
+std::set<std::string> Trainer::known_durable() {
+  std::set<std::string> folders;
+  if (!is_chief()) return folders;
+  for (const std::string& line : metrics::read_ledger(fs_, options_.run_dir + "/ledger.jsonl")) {
+    const auto event = nlohmann::json::parse(line);
+    if (event.value("event", "") != "durable" || !event.contains("epoch")) continue;
+    folders.insert(format::directory_name(event.at("step"), event.at("epoch")));
+  }
+  return folders;
 }
 
 void Trainer::watch_replicas() {
@@ -271,16 +288,13 @@ Result Trainer::run() {
     if (last || (options_.eval_interval_steps > 0 && step_ % options_.eval_interval_steps == 0)) evaluate();
     profile_.end_step(step_, last);
   }
+  save_at_last();
   result_.steps = step_;
   result_.train_seconds = seconds_since(start);
   const auto memory = peak_memory(world_);
   if (is_chief()) {
     watch_->progress.finish();
-    ledger_->append(
-        "end",
-        nlohmann::ordered_json{
-            {"step", step_}, {"loss", result_.loss}, {"train_s", result_.train_seconds}, {"peak_bytes", memory}}
-            .dump());
+    note("end", {{"step", step_}, {"loss", result_.loss}, {"train_s", result_.train_seconds}, {"peak_bytes", memory}});
     LOG(INFO) << "done: " << step_ << " steps in " << result_.train_seconds << " s, loss " << result_.loss
               << (validation_ ? ", validation loss " + std::to_string(result_.validation_loss) : "");
     sign_off();
@@ -348,7 +362,7 @@ void Trainer::check_replicas(int64_t bucket, std::span<const uint64_t> digests) 
   if (is_chief()) {
     watch_->progress.finish();
     watch_->metrics.flush();
-    ledger_->append("replica_fault", record);
+    note("replica_fault", nlohmann::ordered_json::parse(record));
   }
   world_.barrier(options_.runtime.collective_timeout);
   throw NodeFault(message);
@@ -383,7 +397,7 @@ void Trainer::skip_step(const StepReport& report, double loss) {
   }
   if (is_chief()) {
     LOG(WARNING) << "step " << step_ << " skipped: loss or gradient is not finite (loss " << loss << ")";
-    ledger_->append("skipped", nlohmann::ordered_json{{"step", step_}}.dump());
+    note("skipped", {{"step", step_}});
   }
   ++step_;
 }
@@ -454,7 +468,7 @@ void Trainer::save() {
   if (durable) saved_step_ = step_;
   if (!is_chief()) return;
   if (durable) {
-    ledger_->append("durable", nlohmann::ordered_json{{"step", step_}, {"save_s", store_->last_save_seconds()}}.dump());
+    note("durable", {{"step", step_}, {"epoch", epoch_}, {"save_s", store_->last_save_seconds()}});
     watch_->progress.message("step " + std::to_string(step_) + "  checkpoint durable after " +
                              std::to_string(store_->last_save_seconds()) + " s");
   } else {
@@ -463,12 +477,36 @@ void Trainer::save() {
   }
 }
 
+// What ends must be saved: storage may have been busy, so twice; then it is the user's turn.
+void Trainer::save_at_last() {
+  for (int tries = 0; saved_step_ != step_; ++tries) {
+    if (tries == 2) {
+      throw Error(
+          ExitCode::kStorage,
+          "step " + std::to_string(step_) + ", where this run ends, could not be saved; " +
+              (saved_step_ < 0 ? "nothing is" : "step " + std::to_string(saved_step_) + " is the last that is") +
+              ". Mend: look for the ERROR of saving it, make room or restore the storage of '" + options_.run_dir +
+              "', and run again to go on from there");
+    }
+    save();
+  }
+}
+
+// A log tells of the run; one that cannot be written does not end it.
+void Trainer::note(const std::string& event, const nlohmann::ordered_json& fields) {
+  try {
+    ledger_->append(event, fields.dump());
+  } catch (const IoError& error) {
+    LOG(WARNING) << error.what() << "; the ledger lacks '" << event << "' of step " << step_;
+  }
+}
+
 void Trainer::stop_if_asked(bool asked) {
   if (!asked || step_ == options_.steps) return;
-  save();
+  save_at_last();
   if (is_chief()) {
     watch_->progress.finish();
-    ledger_->append("preempted", nlohmann::ordered_json{{"step", step_}}.dump());
+    note("preempted", {{"step", step_}});
     sign_off();
   }
   throw Preempted("asked to stop by a signal: saved step " + std::to_string(saved_step_) + " of " +

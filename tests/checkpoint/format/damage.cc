@@ -27,7 +27,7 @@ std::string damage(const std::string& directory, const std::string& other, std::
   const std::string before = slurp(victim);
   std::string after = before, how;
   const size_t at = random() % before.size();
-  switch (random() % 7) {
+  switch (random() % 8) {
     case 0:
       how = "flip a bit of byte " + std::to_string(at);
       after[at] = static_cast<char>(after[at] ^ (1 << random() % 8));
@@ -55,6 +55,12 @@ std::string damage(const std::string& directory, const std::string& other, std::
       how = "splice the other checkpoint's bytes from " + std::to_string(at);
       const std::string donor = slurp(fs::path(other) / victim.filename());
       after = before.substr(0, at) + (donor.size() > at ? donor.substr(at) : "");
+      break;
+    }
+    case 6: {
+      const fs::path rival = files[random() % files.size()];
+      how = "put " + rival.filename().string() + " in the place";
+      after = slurp(rival);
       break;
     }
     default:

@@ -91,7 +91,7 @@ TEST_F(MetricsFileTest, FlushedLinesAreThereBeforeTheEnd) {
   EXPECT_THAT(steps_in(path_), ElementsAre(1));
 }
 
-TEST_F(MetricsFileTest, AFailureOfTheDiskIsReportedAndTheLinesComeLater) {
+TEST_F(MetricsFileTest, LinesWaitWhereADiskIsFull) {
   bool full = false;
   FaultFs fs(real_fs(), [&](const std::string& kind, const std::string&, int64_t) {
     return full && kind == "write" ? Fault{.error_number = ENOSPC, .short_bytes = 4} : Fault{};
@@ -99,11 +99,12 @@ TEST_F(MetricsFileTest, AFailureOfTheDiskIsReportedAndTheLinesComeLater) {
   MetricsFile file(fs, path_, 0);
   full = true;
   file.append(1, {});
-  EXPECT_THROW(file.flush(), IoError);
+  EXPECT_NO_THROW(file.flush());
+  EXPECT_NO_THROW(file.append(1000, {{"much", 0.1}}));
   full = false;
   file.append(2, {});
   file.flush();
-  EXPECT_THAT(steps_in(path_), ElementsAre(1, 2));
+  EXPECT_THAT(steps_in(path_), ElementsAre(1, 1000, 2));
 }
 
 TEST_F(MetricsFileTest, ACrashAtAnyCallOfAResumeLosesNoKeptStep) {
@@ -229,6 +230,21 @@ TEST_F(LedgerTest, AFaultAtAnyCallLosesNoReportedEvent) {
       if (fs.calls() <= k) return;
     }
   }
+}
+
+TEST_F(LedgerTest, EventsGoOnWhereADiskWasFullForAWhile) {
+  int64_t writes = 0;
+  FaultFs fs(real_fs(), [&](const std::string& kind, const std::string&, int64_t) {
+    const bool fails = kind == "write" && (++writes == 2 || writes == 3);
+    return fails ? Fault{.error_number = ENOSPC, .short_bytes = 9} : Fault{};
+  });
+  Ledger ledger(fs, path_);
+  ledger.append("start", "{}");
+  EXPECT_THROW(ledger.append("skipped", "{}"), IoError);
+  EXPECT_THROW(ledger.append("durable", "{}"), IoError);
+  ledger.append("end", "{}");
+  EXPECT_EQ(verify_ledger(real_fs(), path_), 2);
+  EXPECT_THAT(lines_of(path_).back(), HasSubstr("end"));
 }
 
 TEST_F(LedgerTest, AnEventIsSyncedBeforeItIsReported) {

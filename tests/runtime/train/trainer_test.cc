@@ -365,5 +365,76 @@ TEST(TrainerCheckpointTest, AFullDiskCostsTheCheckpointAndNotTheRun) {
   EXPECT_EQ(ours.weights, run_on(1, small_run(other.path())).weights);
 }
 
+// Removes the MANIFEST of each checkpoint whose folder's name has `step` in it.
+std::vector<std::filesystem::path> lose_manifests(const TempDir& dir, const std::string& step) {
+  std::vector<std::filesystem::path> folders;
+  for (const auto& entry : std::filesystem::directory_iterator(dir / "checkpoints")) {
+    if (entry.path().filename().string().find(step) == std::string::npos) continue;
+    if (std::filesystem::remove(entry.path() / "MANIFEST")) folders.push_back(entry.path());
+  }
+  return folders;
+}
+
+TEST(TrainerCheckpointTest, ALostManifestIsDamageAndNeverAFreshStart) {
+  const TempDir dir;
+  const Options options = small_run(dir.path());
+  const Outcome whole = run_on(2, options);
+  const auto last = lose_manifests(dir, "step-00000012");
+  ASSERT_EQ(last.size(), 1);
+  const Outcome again = run_on(2, options);
+  EXPECT_EQ(again.result.resumed_from, 10);
+  EXPECT_EQ(again.weights, whole.weights);
+  EXPECT_GE(std::distance(std::filesystem::directory_iterator(last[0]), {}), 1) << "kept for a person to look at";
+  EXPECT_EQ(lose_manifests(dir, "step-").size(), 3);
+  EXPECT_THROW(run_on(2, options), CorruptData);
+  Options anew = options;
+  anew.resume = "never";
+  EXPECT_EQ(run_on(2, anew).weights, whole.weights);
+}
+
+TEST(TrainerCheckpointTest, LogsThatCannotBeWrittenDoNotEndTheRun) {
+  const TempDir dir;
+  int notes = 0;
+  FaultFs fs(real_fs(), [&](const std::string& kind, const std::string& path, int64_t) {
+    const bool first_of_metrics = kind == "write" && path.ends_with("metrics.jsonl") && notes < 2;
+    const bool second_note = kind == "write" && path.ends_with("ledger.jsonl") && ++notes == 2;
+    return first_of_metrics || second_note ? Fault{.error_number = ENOSPC, .short_bytes = 7} : Fault{};
+  });
+  const Outcome ours = run_on(
+      2, small_run(dir.path()), [](RegressionTask&) {}, fs);
+  EXPECT_EQ(ours.result.steps, 12);
+  EXPECT_THAT(events_of(dir), testing::ElementsAre("start", "durable", "durable", "end"));
+  EXPECT_EQ(metrics::verify_ledger(real_fs(), dir / "ledger.jsonl"), 4);
+  EXPECT_EQ(lines_of(dir / "metrics.jsonl").size(), 12);
+}
+
+// The last save is tried again; a run whose end is not saved has not ended well.
+TEST(TrainerCheckpointTest, ARunEndsWellOnlyWhenItsEndIsSaved) {
+  for (const int failures : {2, 3}) {
+    const TempDir dir;
+    int tries = 0;
+    FaultFs fs(real_fs(), [&](const std::string& kind, const std::string& path, int64_t) {
+      const bool fails = kind == "mkdir" && path.find("step-00000012") != std::string::npos && ++tries <= failures;
+      return fails ? Fault{.error_number = ENOSPC} : Fault{};
+    });
+    const auto run = [&] {
+      run_on(
+          2, small_run(dir.path()), [](RegressionTask&) {}, fs);
+    };
+    if (failures == 2) {
+      EXPECT_NO_THROW(run());
+      continue;
+    }
+    try {
+      run();
+      ADD_FAILURE() << "no error";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.exit_code(), ExitCode::kStorage);
+      EXPECT_THAT(error.what(), AllOf(HasSubstr("step 12"), HasSubstr("step 10 is the last"), HasSubstr("Mend")));
+    }
+    EXPECT_EQ(run_on(2, small_run(dir.path())).result.resumed_from, 10);
+  }
+}
+
 }  // namespace
 }  // namespace lockstep::train

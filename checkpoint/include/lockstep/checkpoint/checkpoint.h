@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -11,6 +12,7 @@
 #include <lockstep/base/fs.h>
 #include <lockstep/collectives/process_group.h>
 #include <lockstep/format/fencing.h>
+#include <lockstep/format/manifest.h>
 #include <lockstep/sharding/shard_layout.h>
 
 namespace lockstep::checkpoint {
@@ -49,6 +51,9 @@ struct Options {
   int64_t keep_last = 3;                                 ///< >= 2: one to fall back to
   uint64_t epoch = 1;                                    ///< fencing epoch of this start
   Milliseconds timeout = ProcessGroup::kDefaultTimeout;  ///< for waiting at the slowest rank's storage
+  /// Names of folders that were durable once, as the run's ledger has it (rank 0's count). One that is there without
+  /// its MANIFEST is damaged, not unfinished: it stays; and with none left to load there is no fresh start.
+  std::set<std::string> known_durable = {};
 };
 
 /// Writes and reads checkpoints by the protocol in README.md, files as in checkpoint/format/FORMAT.md. No planning
@@ -69,7 +74,7 @@ class Store {
   /// back to older ones together on all ranks, loudly, and puts damaged ones in quarantine (a file QUARANTINED in the
   /// folder: later loads pass it by). Removes what earlier starts left unfinished. Any saved layout loads into any
   /// other.
-  /// @return nullopt when the directory holds no checkpoint at all.
+  /// @return nullopt when the directory holds no checkpoint at all, and none is known to have been durable.
   /// @throws CorruptData when there are checkpoints but none is good (never a silent fresh start). ConfigError a tensor
   ///         is missing or has another shape, with a diff. Error (74) when storage says "not now" (too many open
   ///         files, stale handle, ...): falling back would lose steps that are safe.
@@ -87,6 +92,7 @@ class Store {
   void commit(const std::string& directory, const Progress& progress, const std::vector<StateTensor>& state);
   void abandon(const std::string& directory, const std::string& doing);
   void retire_old();
+  bool has_lost_manifest(const format::Candidate& candidate) const;
   void check_not_fenced();
   std::string list_newest_first(bool& any);
   Progress read_into(const std::string& path, const std::vector<StateTensor>& state, bool weights_only);

@@ -53,6 +53,7 @@ std::string encode_manifest(const Manifest& manifest);
 Manifest parse_manifest(const std::string& text, const std::string& path);
 
 inline constexpr const char* kQuarantineName = "QUARANTINED";  ///< an empty file: a load found the folder damaged
+inline constexpr const char* kRetiredSuffix = ".retired";      ///< of a folder's name: it is being removed on purpose
 
 inline constexpr const char* kWeights = "weights";  ///< parameters
 inline constexpr const char* kBuffers = "buffers";  ///< what a model keeps beside them, e.g. batch norm's averages

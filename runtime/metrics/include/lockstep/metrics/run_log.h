@@ -19,15 +19,16 @@ using Scalars = std::vector<std::pair<std::string, double>>;
 ///
 /// Numbers have the digits that give a reader the same bits back; inf and nan, which JSON lacks, become null. Lines
 /// collect in memory and are written a few kilobytes at a time: what a crash loses belongs to steps that run again.
+/// A disk that is full costs one WARNING, not the run: lines wait in memory until there is room again.
 class MetricsFile {
  public:
   /// @param resume_step steps finished so far. Lines of later steps, of an older start, are cut off first, so each step
   ///        stands once. <= 0: the file starts anew.
-  /// @throws IoError; so do append() and flush().
+  /// @throws IoError when the file cannot be made.
   MetricsFile(Fs& fs, const std::string& path, int64_t resume_step);
   void append(int64_t step, const Scalars& scalars);
   void flush();
-  ~MetricsFile();  ///< flushes; a failure is swallowed
+  ~MetricsFile();  ///< flushes
   MetricsFile(const MetricsFile&) = delete;
   MetricsFile& operator=(const MetricsFile&) = delete;
 
@@ -67,7 +68,8 @@ class Ledger {
   Ledger(Fs& fs, const std::string& path);
   /// `fields_json`: a JSON object merged into the line. Events: start, resume, durable, skipped, preempted,
   /// replica_fault, end.
-  /// @throws IoError; from the first on, every call does.
+  /// @throws IoError. The next call starts from the lines that are whole, so a disk that was full costs the events
+  /// meanwhile.
   void append(const std::string& event, const std::string& fields_json);
   ~Ledger();
   Ledger(const Ledger&) = delete;
@@ -78,6 +80,8 @@ class Ledger {
   std::unique_ptr<Impl> impl_;
 };
 
+/// The events of a ledger, a JSON object each; none where there is no file yet. @throws as verify_ledger().
+std::vector<std::string> read_ledger(Fs& fs, const std::string& path);
 /// Reads a ledger without changing it. A torn last line is no fault.
 /// @return its number of events. @throws CorruptData naming the first line that does not follow the one before.
 int64_t verify_ledger(Fs& fs, const std::string& path);
