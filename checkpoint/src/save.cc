@@ -40,8 +40,8 @@ void remove_retired(Fs& fs, const std::string& checkpoints) {
   if (!fs.exists(checkpoints)) return;
   const std::string prefix = checkpoints + "/";
   for (const std::string& name : fs.list_directory(checkpoints)) {
-    if (!name.ends_with(format::kRetiredSuffix)) continue;
-    try_here("removing '" + prefix + name + "'", [&] { remove_folder(fs, prefix + name); });
+    if (name.ends_with(format::kRetiredSuffix))
+      try_here("removing a retired checkpoint", [&] { remove_folder(fs, prefix + name); });
   }
 }
 
