@@ -41,17 +41,13 @@ void make_file_system(const std::string& path) {
   if (status != 0) throw IoError("mkfs.ext4 of", path, EIO);
 }
 
-// Mounts made here are seen by nobody else and go with this process.
-void hide_mounts() {
-  static const bool done = [] {
-    require(unshare(CLONE_NEWNS) == 0, "unsharing", "mounts");
-    ::mount(nullptr, "/", nullptr, MS_REC | MS_PRIVATE, nullptr);  // fails in a chroot, where they are seen
-    return true;
-  }();
-  static_cast<void>(done);
-}
-
 }  // namespace
+
+bool hide_mounts() {
+  static const bool done = unshare(CLONE_NEWNS) == 0;
+  if (done) ::mount(nullptr, "/", nullptr, MS_REC | MS_PRIVATE, nullptr);  // fails in a chroot, where they are seen
+  return done;
+}
 
 std::string LoopDisk::why_not() {
   if (geteuid() != 0) return "mounting needs root";
@@ -80,7 +76,7 @@ LoopDisk::~LoopDisk() {
 }
 
 void LoopDisk::attach() {
-  hide_mounts();
+  require(hide_mounts(), "unsharing", "mounts");
   const UniqueFd control(open("/dev/loop-control", O_RDWR | O_CLOEXEC));
   require(bool(control), "opening", "/dev/loop-control");
   loop_config config{};

@@ -8,6 +8,10 @@
 
 namespace lockstep::test {
 
+/// From now on what this process mounts is seen by nobody else and goes with it (not in a chroot). False, with errno,
+/// where that is not allowed.
+bool hide_mounts();
+
 /// A small disk in memory with a real ext4 on it, whose power can be cut: a memfd behind a loop device, mounted.
 /// Needs root and loop devices; everything goes with the object, at the latest with the process.
 class LoopDisk {
