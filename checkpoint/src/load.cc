@@ -1,4 +1,8 @@
 // Store's reading half: which checkpoint, agreed by all ranks, and its bytes into this rank's boxes.
+#include <array>
+
+#include <unistd.h>
+
 #include <ATen/ops/empty_like.h>
 
 #include <lockstep/base/error.h>
@@ -9,6 +13,7 @@
 #include <lockstep/format/reader.h>
 
 #include "agree.h"
+#include "node_reader.h"
 #include "plan.h"
 #include "save.h"
 #include "tensor_bytes.h"
@@ -32,42 +37,72 @@ std::string difference(const format::Manifest& manifest, const std::vector<const
   return text;
 }
 
+// A contiguous CPU tensor is read into in place. Collective over the node.
+void read_tensors(const format::Reader& reader, const std::vector<const StateTensor*>& wanted, ProcessGroup& node,
+                  const std::vector<int>& node_ranks, int threads) {
+  NodeReader node_reader(reader, node, node_ranks, threads);
+  std::vector<at::Tensor> host;
+  for (const StateTensor* tensor : wanted) {
+    const bool in_place = tensor->local.is_cpu() && tensor->local.is_contiguous();
+    host.push_back(in_place ? tensor->local
+                            : at::empty_like(tensor->local, at::TensorOptions(at::kCPU), at::MemoryFormat::Contiguous));
+    if (is_planted(Plant::kLostOptimizerTensor) && tensor == wanted.back()) continue;
+    node_reader.want(*tensor, bytes_of(host.back()));
+  }
+  node_reader.finish();
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    if (!host[i].is_same(wanted[i]->local)) wanted[i]->local.detach().copy_(host[i]);
+  }
+}
+
 }  // namespace
 
-Progress Store::read_into(const std::string& path, const std::vector<StateTensor>& state, bool weights_only) {
-  const format::Reader reader(fs_, path);
-  const format::Manifest& manifest = reader.manifest();
+// The ranks that share this machine's storage and memory.
+ProcessGroup& Store::node() {
+  if (node_) return *node_;
+  std::array<char, 256> host{};
+  ::gethostname(host.data(), host.size() - 1);
+  const std::vector<std::string> hosts = all_gather_text(world_, host.data());
+  for (int rank = 0; rank < world_.size(); ++rank) {
+    if (hosts[rank] == hosts[world_.rank()]) node_ranks_.push_back(rank);
+  }
+  node_ = world_.split(node_ranks_.front(), world_.rank(), "node");
+  return *node_;
+}
+
+// Opened and compared first, on all ranks: the reading itself is work that they share.
+Verdict Store::read(const std::string& path, const std::vector<StateTensor>& state, bool weights_only,
+                    Progress& progress) {
+  ProcessGroup& node_group = node();
+  const std::string doing = "loading '" + path + "'";
+  std::unique_ptr<format::Reader> reader;
   std::vector<const StateTensor*> wanted;
   for (const StateTensor& tensor : state) {
     if (!weights_only || format::is_weights_section(tensor.section)) wanted.push_back(&tensor);
   }
+  const Verdict opened =
+      attempt(world_, doing, options_.timeout, [&] { reader = std::make_unique<format::Reader>(fs_, path); });
+  if (opened.outcome != Outcome::kDone) return opened;
+  const format::Manifest& manifest = reader->manifest();
   if (const std::string text = difference(manifest, wanted); !text.empty()) {
     throw ConfigError("the model does not fit the checkpoint '" + path + "':" + text +
                       "\nMend: start with the flags it was trained with");
   }
-  for (const StateTensor* tensor : wanted) {
-    if (tensor->local.numel() == 0) continue;
-    if (is_planted(Plant::kLostOptimizerTensor) && tensor == wanted.back()) continue;
-    const bool in_place = tensor->local.is_cpu() && tensor->local.is_contiguous();
-    const at::Tensor host =
-        in_place ? tensor->local
-                 : at::empty_like(tensor->local, at::TensorOptions(at::kCPU), at::MemoryFormat::Contiguous);
-    reader.read(format::tensor_key(tensor->section, tensor->layout.name), tensor->layout.boxes[world_.rank()],
-                bytes_of(host));
-    if (!in_place) tensor->local.detach().copy_(host);
-  }
-  return {.step = manifest.step,
-          .samples = manifest.samples,
-          .config_json = manifest.config_json,
-          .record_json = manifest.record_json,
-          .data_fingerprint = manifest.data_fingerprint};
+  progress = {.step = manifest.step,
+              .samples = manifest.samples,
+              .config_json = manifest.config_json,
+              .record_json = manifest.record_json,
+              .data_fingerprint = manifest.data_fingerprint};
+  return attempt(world_, doing, options_.timeout,
+                 [&] { read_tensors(*reader, wanted, node_group, node_ranks_, options_.read_threads); });
 }
 
 // Paths a line each. Rank 0's view decides for all: listings of a network file system may differ between hosts.
 std::string Store::list_newest_first(bool& any) {
   const std::string listing = on_chief(world_, options_.timeout, [&] {
     std::string text;
-    bool found = !options_.known_durable.empty();
+    const auto& durable = options_.known_durable;
+    bool found = durable.lower_bound({options_.first_epoch, 0}) != durable.end();
     remove_retired(fs_, checkpoints());
     for (const format::Candidate& candidate : format::list_candidates(fs_, checkpoints())) {
       // Without a manifest: left by a start that died. One that superseded us may still be writing; leave it alone.
@@ -76,7 +111,7 @@ std::string Store::list_newest_first(bool& any) {
       } else if (!candidate.complete && candidate.epoch <= options_.epoch) {
         remove_unfinished(fs_, candidate.path);
       }
-      if (!candidate.complete) continue;
+      if (!candidate.complete || candidate.epoch < options_.first_epoch) continue;
       found = true;
       if (!candidate.quarantined) text += candidate.path + "\n";
     }
@@ -97,8 +132,7 @@ std::optional<Progress> Store::load_newest(const std::vector<StateTensor>& state
     const std::string path = listing.substr(begin, end - begin);
     begin = end + 1;
     Progress progress;
-    const Verdict verdict = attempt(world_, "loading '" + path + "'", options_.timeout,
-                                    [&] { progress = read_into(path, state, /*weights_only=*/false); });
+    const Verdict verdict = read(path, state, /*weights_only=*/false, progress);
     if (verdict.outcome == Outcome::kDone) {
       parent_step_ = progress.step;
       if (world_.rank() == 0) LOG(INFO) << "resuming from " << path;
@@ -128,8 +162,7 @@ Progress Store::load(const std::string& path, const std::vector<StateTensor>& st
   const std::string resolved =
       on_chief(world_, options_.timeout, [&] { return format::resolve_checkpoint(fs_, path); });
   Progress progress;
-  const Verdict verdict = attempt(world_, "loading '" + resolved + "'", options_.timeout,
-                                  [&] { progress = read_into(resolved, state, weights_only); });
+  const Verdict verdict = read(resolved, state, weights_only, progress);
   if (verdict.outcome == Outcome::kCorrupt) throw CorruptData(verdict.reason);
   if (verdict.outcome != Outcome::kDone) throw Error(ExitCode::kStorage, verdict.reason);
   if (!weights_only) parent_step_ = progress.step;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <map>
 
+#include <lockstep/base/error.h>
+#include <lockstep/format/checksum.h>
 #include <lockstep/format/tensor_file.h>
 
 namespace lockstep::checkpoint {
@@ -51,6 +53,29 @@ std::vector<PlannedBox> plan_boxes(const std::vector<StateTensor>& state, int wo
   plan.reserve(items.size());
   for (Item& item : items) plan.push_back(std::move(item.planned));
   return plan;
+}
+
+void check_same_plan(ProcessGroup& world, const std::vector<StateTensor>& state, const std::vector<PlannedBox>& plan) {
+  std::vector<std::string> texts;
+  for (const StateTensor& tensor : state)
+    texts.push_back(tensor.section + " " + tensor.layout.name + " " +
+                    describe(tensor.layout.dtype, tensor.layout.shape));
+  for (const PlannedBox& planned : plan) {
+    std::string& text = texts[planned.tensor];
+    for (const auto& numbers : {planned.box.offsets, planned.box.sizes})
+      for (const int64_t number : numbers) text += " " + std::to_string(number);
+    text += " of " + std::to_string(planned.owner);
+  }
+  std::string mine;
+  for (const std::string& text : texts) mine += format::digest(text);
+  const std::vector<std::string> all = all_gather_text(world, mine);
+  for (int rank = 1; rank < world.size(); ++rank) {
+    const auto differs = std::mismatch(all[0].begin(), all[0].end(), all[rank].begin(), all[rank].end()).first;
+    if (differs == all[0].end() && all[rank].size() == all[0].size()) continue;
+    const size_t index = static_cast<size_t>(differs - all[0].begin()) / format::digest("").size();
+    throw CheckFailed("rank " + std::to_string(rank) + " plans another checkpoint than rank 0: " +
+                      (index < texts.size() ? texts[index] + " here" : "it has more tensors"));
+  }
 }
 
 std::string describe(const std::string& dtype, const std::vector<int64_t>& shape) {

@@ -23,6 +23,10 @@ struct PlannedBox {
 /// Cost: n log n for n boxes. Source: longest processing time first, Graham, SIAM J. Appl. Math. 17(2), 1969.
 std::vector<PlannedBox> plan_boxes(const std::vector<StateTensor>& state, int world_size);
 
+/// Compares the ranks' plans, a digest a tensor. Collective. @throws CheckFailed on every rank, naming the first tensor
+/// that a rank lays out otherwise than rank 0.
+void check_same_plan(ProcessGroup& world, const std::vector<StateTensor>& state, const std::vector<PlannedBox>& plan);
+
 /// "F32 [3, 4]", for messages.
 std::string describe(const std::string& dtype, const std::vector<int64_t>& shape);
 

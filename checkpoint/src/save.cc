@@ -3,7 +3,10 @@
 
 #include <cerrno>
 #include <chrono>
+#include <cstring>
 #include <map>
+
+#include <ATen/ops/from_blob.h>
 
 #include <lockstep/base/error.h>
 #include <lockstep/base/log.h>
@@ -13,10 +16,13 @@
 
 #include "agree.h"
 #include "plan.h"
+#include "staging.h"
 #include "tensor_bytes.h"
 
 namespace lockstep::checkpoint {
 namespace {
+
+using Clock = std::chrono::steady_clock;
 
 void remove_folder(Fs& fs, const std::string& directory) {
   // The manifest first, and durably: no moment, not even after a power loss, shows a manifest without its shards.
@@ -27,6 +33,18 @@ void remove_folder(Fs& fs, const std::string& directory) {
   const std::string prefix = directory + "/";
   for (const std::string& name : fs.list_directory(directory)) fs.remove_file(prefix + name);
   fs.remove_directory(directory);
+}
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+size_t staged_bytes(const at::Tensor& tensor) { return (tensor.nbytes() + 63) / 64 * 64; }
+
+void copy_bytes(const at::Tensor& from, std::span<std::byte> to) {
+  if (from.is_cpu() && from.is_contiguous()) {
+    std::memcpy(to.data(), from.const_data_ptr(), to.size());
+  } else {
+    at::from_blob(to.data(), from.sizes(), from.options().device(at::kCPU)).copy_(from);
+  }
 }
 
 }  // namespace
@@ -46,31 +64,81 @@ void remove_retired(Fs& fs, const std::string& checkpoints) {
 }
 
 bool Store::save(const Progress& progress, const std::vector<StateTensor>& state) {
-  check_state(state);
-  const auto start = std::chrono::steady_clock::now();
-  const std::string directory = checkpoints() + "/" + format::directory_name(progress.step, options_.epoch);
-  const std::string doing = "saving step " + std::to_string(progress.step);
-  const bool chief = world_.rank() == 0;
-  const auto all = [&](const auto& work) { return attempt(world_, doing, options_.timeout, work); };
+  if (!begin(progress, state, std::launch::deferred)) return false;
+  std::optional<SaveResult> result;
+  while (!result) result = advance_save();
+  return result->durable;
+}
 
-  Verdict verdict = all([&] {
-    if (chief) prepare(directory);
+bool Store::start_save(const Progress& progress, const std::vector<StateTensor>& state) {
+  return begin(progress, state, std::launch::async);
+}
+
+bool Store::begin(const Progress& progress, const std::vector<StateTensor>& state, std::launch how) {
+  LOCKSTEP_CHECK(!save_) << "step " << progress.step << " is to be saved while another save is under way";
+  const auto start = Clock::now();
+  check_state(state);
+  if (upkeep_.valid()) upkeep_.get();
+  auto save = std::make_unique<Save>();
+  save->how = how;
+  save->progress = progress;
+  save->state = state;
+  save->plan = plan_boxes(state, world_.size());
+  if (options_.check_plan) check_same_plan(world_, state, save->plan);
+  save->directory = checkpoints() + "/" + format::directory_name(progress.step, options_.epoch);
+  save->doing = "saving step " + std::to_string(progress.step);
+  const Verdict verdict = attempt(world_, save->doing, options_.timeout, [&] {
+    if (world_.rank() == 0) prepare(save->directory);
   });
-  if (verdict.outcome == Outcome::kDone) {
-    verdict = all([&] { write_own_shard(directory, state); });
-    if (verdict.outcome == Outcome::kDone) {
-      verdict = all([&] {
-        if (chief) commit(directory, progress, state);
-      });
-    }
-    if (verdict.outcome != Outcome::kDone) abandon(directory, doing);
-  }
   if (verdict.outcome == Outcome::kFenced) throw Fenced(verdict.reason);
   if (verdict.outcome != Outcome::kDone) return false;
-  options_.known_durable.insert(format::directory_name(progress.step, options_.epoch));
-  last_save_seconds_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  if (chief) try_here("removing old checkpoints", [&] { retire_old(); });
+  take_boxes(*save);
+  save->start = start;
+  save->part = std::async(how, [this, save = save.get()] { write_own_shard(*save); });
+  save->stall_seconds = seconds_since(start);
+  save_ = std::move(save);
   return true;
+}
+
+bool Store::is_writing() {
+  if (!save_ || save_->part.wait_for(std::chrono::seconds(0)) != std::future_status::timeout) return false;
+  const double seconds = seconds_since(save_->start);
+  if (!save_->is_slow && seconds > std::chrono::duration<double>(options_.slow_after).count()) {
+    save_->is_slow = true;
+    const auto bytes = static_cast<double>(save_->written_bytes);
+    LOG(WARNING) << save_->doing << ": storage is slow, " << bytes << " bytes in " << seconds << " s ("
+                 << bytes / seconds << " bytes/s) here so far";
+  }
+  return true;
+}
+
+std::optional<SaveResult> Store::advance_save() {
+  LOCKSTEP_CHECK(save_) << "no save is under way";
+  const auto start = Clock::now();
+  Verdict verdict = attempt(world_, save_->doing, options_.timeout, [&] { save_->part.get(); });
+  const bool chief = world_.rank() == 0;
+  if (verdict.outcome == Outcome::kDone && !save_->has_shards) {
+    save_->has_shards = true;
+    save_->part = std::async(chief ? save_->how : std::launch::deferred, [this, chief, save = save_.get()] {
+      if (chief) commit(*save);
+    });
+    save_->stall_seconds += seconds_since(start);
+    return std::nullopt;
+  }
+  const std::unique_ptr<Save> save = std::move(save_);
+  if (verdict.outcome != Outcome::kDone) abandon(save->directory, save->doing);
+  if (verdict.outcome == Outcome::kFenced) throw Fenced(verdict.reason);
+  last_save_ = {.step = save->progress.step,
+                .durable = verdict.outcome == Outcome::kDone,
+                .seconds = seconds_since(save->start),
+                .stall_seconds = save->stall_seconds + seconds_since(start)};
+  if (!last_save_.durable) return last_save_;
+  options_.known_durable.emplace(options_.epoch, save->progress.step);
+  if (chief) {
+    upkeep_ = std::async(save->how, [this] { try_here("removing old checkpoints", [this] { retire_old(); }); });
+    if (save->how == std::launch::deferred) upkeep_.get();
+  }
+  return last_save_;
 }
 
 void Store::prepare(const std::string& directory) {
@@ -82,30 +150,56 @@ void Store::prepare(const std::string& directory) {
     remove_folder(fs_, directory);  // an earlier attempt of ours: the epoch is in the name
   }
   fs_.make_directory(directory);
-  try {
-    fs_.sync_directory(checkpoints());
-  } catch (const IoError&) {
-    try_here("cleaning up", [&] { fs_.remove_directory(directory); });
-    throw;
-  }
 }
 
-void Store::write_own_shard(const std::string& directory, const std::vector<StateTensor>& state) {
-  std::vector<format::BoxToWrite> boxes;
-  std::vector<at::Tensor> host;  // keeps copies of GPU tensors alive; a contiguous CPU tensor is written from in place
-  for (const PlannedBox& planned : plan_boxes(state, world_.size())) {
+void Store::reserve(const std::vector<StateTensor>& state) {
+  size_t bytes = 0;
+  for (const PlannedBox& planned : plan_boxes(state, world_.size()))
+    if (planned.owner == world_.rank()) bytes += staged_bytes(state[planned.tensor].local);
+  if (!staging_) staging_ = std::make_unique<Staging>();
+  upkeep_ = std::async(std::launch::async, [this, bytes] { staging_->reserve(bytes); });
+}
+
+// What this rank writes: in the background a copy, as the tensors go on changing; else their own memory.
+void Store::take_boxes(Save& save) {
+  std::vector<size_t> own;  // indices into the state
+  size_t bytes = 0;
+  for (const PlannedBox& planned : save.plan) {
     if (planned.owner != world_.rank()) continue;
-    const StateTensor& tensor = state[planned.tensor];
-    host.push_back(tensor.local.cpu().contiguous());
-    boxes.push_back({format::tensor_key(tensor.section, tensor.layout.name), tensor.layout.dtype, planned.box,
-                     bytes_of(host.back())});
+    own.push_back(planned.tensor);
+    const StateTensor& tensor = save.state[planned.tensor];
+    save.boxes.push_back(
+        {format::tensor_key(tensor.section, tensor.layout.name), tensor.layout.dtype, planned.box, {}});
+    bytes += staged_bytes(tensor.local);
   }
-  if (boxes.empty()) return;
-  format::write_shard(fs_, directory + "/" + format::shard_name(world_.rank(), world_.size()), boxes);
-  fs_.sync_directory(directory);
+  if (save.how == std::launch::deferred) {
+    for (size_t i = 0; i < own.size(); ++i) {
+      save.host.push_back(save.state[own[i]].local.cpu().contiguous());
+      save.boxes[i].bytes = bytes_of(save.host.back());
+    }
+    return;
+  }
+  if (!staging_) staging_ = std::make_unique<Staging>();
+  std::span<std::byte> room = staging_->reserve(bytes);
+  for (size_t i = 0; i < own.size(); ++i) {
+    const at::Tensor& local = save.state[own[i]].local;
+    save.boxes[i].bytes = room.first(local.nbytes());
+    copy_bytes(local, room.first(local.nbytes()));
+    room = room.subspan(staged_bytes(local));
+  }
+  for (StateTensor& tensor : save.state) tensor.local = at::Tensor();  // what is left of them is the layouts
 }
 
-void Store::commit(const std::string& directory, const Progress& progress, const std::vector<StateTensor>& state) {
+void Store::write_own_shard(Save& save) {
+  if (world_.rank() == 0) fs_.sync_directory(checkpoints());
+  if (save.boxes.empty()) return;
+  format::write_shard(fs_, save.directory + "/" + format::shard_name(world_.rank(), world_.size()), save.boxes,
+                      [&](uint64_t done, uint64_t) { save.written_bytes = done; });
+  fs_.sync_directory(save.directory);
+}
+
+void Store::commit(const Save& save) {
+  const Progress& progress = save.progress;
   format::Manifest manifest{.step = progress.step,
                             .epoch = options_.epoch,
                             .samples = progress.samples,
@@ -115,28 +209,28 @@ void Store::commit(const std::string& directory, const Progress& progress, const
                             .record_json = progress.record_json,
                             .data_fingerprint = progress.data_fingerprint};
   std::map<int, size_t> file_of_rank;
-  for (const PlannedBox& planned : plan_boxes(state, world_.size())) {
-    const StateTensor& tensor = state[planned.tensor];
+  for (const PlannedBox& planned : save.plan) {
+    const StateTensor& tensor = save.state[planned.tensor];
     const auto [place, is_new] = file_of_rank.try_emplace(planned.owner, manifest.files.size());
     if (is_new) {
       // Opened afresh, so that on NFS we see what the other host's close has published.
       const std::string name = format::shard_name(planned.owner, world_.size());
-      manifest.files.push_back(format::describe_shard(fs_, directory, name));
+      manifest.files.push_back(format::describe_shard(fs_, save.directory, name));
     }
     auto& stored = manifest.tensors[format::tensor_key(tensor.section, tensor.layout.name)];
     stored.dtype = tensor.layout.dtype;
     stored.shape = tensor.layout.shape;
     stored.boxes.push_back({planned.box, place->second});
   }
-  for (const StateTensor& tensor : state) {  // those without elements are in no plan, and part of the state
+  for (const StateTensor& tensor : save.state) {  // those without elements are in no plan, and part of the state
     manifest.tensors.try_emplace(format::tensor_key(tensor.section, tensor.layout.name),
                                  format::StoredTensor{tensor.layout.dtype, tensor.layout.shape, {}});
   }
   check_not_fenced();
-  const std::string path = directory + "/" + format::kManifestName, aside = path + ".tmp";
+  const std::string path = save.directory + "/" + format::kManifestName, aside = path + ".tmp";
   write_durable(fs_, aside, format::encode_manifest(manifest));
   fs_.rename_exclusive(aside, path);
-  fs_.sync_directory(directory);
+  fs_.sync_directory(save.directory);
   fs_.sync_directory(checkpoints());
   // Once more: a start that came in between may have seen an unfinished folder and be removing it. One that comes later
   // sees the manifest.
@@ -163,17 +257,19 @@ void Store::abandon(const std::string& directory, const std::string& doing) {
 }
 
 bool Store::has_lost_manifest(const format::Candidate& candidate) const {
-  return !candidate.complete &&
-         options_.known_durable.contains(format::directory_name(candidate.step, candidate.epoch));
+  return !candidate.complete && options_.known_durable.contains({candidate.epoch, candidate.step});
 }
 
-// Only what is older than keep_last good ones goes, under another name first: a manifest that is missing under the own
-// one was not taken away by us. Unfinished folders are failed attempts whose cleaning failed too.
+// Only what is older than keep_last good ones goes (keep_every_steps aside), under another name first: a manifest that
+// is missing under the own one was not taken away by us. Unfinished folders are failed attempts whose cleaning failed
+// too.
 void Store::retire_old() {
   int64_t kept = 0;
   for (const format::Candidate& candidate : format::list_candidates(fs_, checkpoints())) {
     if (candidate.epoch > options_.epoch || (candidate.complete && candidate.quarantined)) continue;
     if (has_lost_manifest(candidate) || (candidate.complete && ++kept <= options_.keep_last)) continue;
+    if (candidate.complete && options_.keep_every_steps > 0 && candidate.step % options_.keep_every_steps == 0)
+      continue;
     fs_.rename_exclusive(candidate.path, candidate.path + format::kRetiredSuffix);
     fs_.sync_directory(checkpoints());
   }

@@ -7,6 +7,8 @@
 
 #include "agree.h"
 #include "plan.h"
+#include "save.h"
+#include "staging.h"
 #include "tensor_bytes.h"
 
 namespace lockstep::checkpoint {
@@ -55,6 +57,8 @@ Store::Store(Fs& fs, ProcessGroup& world, Options options) : fs_(fs), world_(wor
   LOCKSTEP_CHECK(options_.keep_last >= 2)
       << "keep_last is " << options_.keep_last << "; 2 is the least: one to fall back to";
 }
+
+Store::~Store() = default;
 
 void Store::check_not_fenced() {
   const uint64_t newest = format::newest_epoch(fs_, options_.run_dir);

@@ -162,10 +162,14 @@ class AllReduceRow:
 
 
 class CheckpointRow:
-    """One checkpoint over 2 ranks: saved with every fsync, or loaded from the page cache with every byte verified."""
+    """One checkpoint over 2 ranks: saved with every fsync, loaded from the page cache with every byte verified, or what a save in the background holds training up for."""
 
     unit = "1/s"
-    peers = {"save": {"plain writer": ("write", 0.9), "PyTorch DCP": ("save", 1.0)}, "load": {"plain pread": ("read", 0.8), "PyTorch DCP": ("load", 2.0)}}
+    peers = {
+        "save": {"plain writer": ("write", 0.9), "PyTorch DCP": ("save", 1.0)},
+        "load": {"plain pread": ("read", 0.8), "PyTorch DCP": ("load", 2.0)},
+        "stall": {"memcpy": ("copy", 1 / 1.1), "PyTorch DCP": ("stall", 1.0)},
+    }
 
     def __init__(self, bin_dir, gib, what, peer_name):
         self.program, self.bytes, self.what, self.peer_name = bin_dir.parent / "tests/checkpoint_bench", gib << 30, what, peer_name
@@ -186,7 +190,7 @@ class CheckpointRow:
     def timed(self, command, folder):
         folder.mkdir(exist_ok=True)
         seconds = float(run([*command, self.bytes, folder], OMP_NUM_THREADS="1").split()[-1])
-        if self.what == "save":
+        if self.what != "load":
             shutil.rmtree(folder)
         return 1 / seconds
 

@@ -1,11 +1,13 @@
 // checkpoint_bench WHAT BYTES DIR: one checkpoint of BYTES over the ranks of mpirun, timed. WHAT: save (ours, durable),
 // write (a plain sequential writer of as many bytes a rank, one fsync), load (ours, every byte verified), read (a plain
-// pread of this rank's shard into the same tensors). load and read want a checkpoint in DIR. Rank 0 prints the slowest
-// rank's seconds; a byte that comes back wrong ends it with 1.
+// pread of this rank's shard into the same tensors), stall (what a save in the background holds training up for), copy
+// (a memcpy of this rank's tensors into memory that is there). load and read want a checkpoint in DIR. Rank 0 prints
+// the slowest rank's seconds; a byte that comes back wrong ends it with 1.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -73,22 +75,45 @@ void read_plainly(const std::string& path, const std::vector<StateTensor>& state
   }
 }
 
+void finish(checkpoint::Store& store) {
+  while (store.is_saving()) store.advance_save();
+}
+
+void copy_plainly(const std::vector<StateTensor>& state, std::vector<std::byte>& memory) {
+  size_t end = 0;
+  for (const StateTensor& tensor : state) {
+    std::memcpy(memory.data() + end, tensor.local.const_data_ptr(), tensor.local.nbytes());
+    end += tensor.local.nbytes();
+  }
+}
+
 int measure(const std::string& what, int64_t bytes, const std::string& dir) {
   const auto world = make_mpi_world();
-  const bool writes = what == "save" || what == "write";
+  const bool writes = what != "load" && what != "read";
   const std::vector<StateTensor> state = make_state(bytes, *world, writes);
   checkpoint::Store store(real_fs(), *world, {.run_dir = dir});
   const std::string shard =
       writes ? "" : format::resolve_checkpoint(real_fs(), dir) + "/" + format::shard_name(world->rank(), world->size());
+  const checkpoint::Progress first{.step = 1, .config_json = "{}", .record_json = "{}"};
+  checkpoint::Progress second = first;
+  second.step = 2;
+  std::vector<std::byte> memory(what == "copy" ? state.size() * kTensorBytes : 0);
+  if (what == "stall") {
+    store.start_save(first, state);
+    finish(store);
+  }
   world->barrier();
   const auto start = std::chrono::steady_clock::now();
   bool good = true;
-  if (what == "save") good = store.save({.step = 1, .config_json = "{}", .record_json = "{}"}, state);
+  if (what == "save") good = store.save(first, state);
   if (what == "write") write_plainly(dir + "/plain" + std::to_string(world->rank()), state);
+  if (what == "stall") good = store.start_save(second, state);
+  if (what == "copy") copy_plainly(state, memory);
   if (what == "load") store.load(dir, state);
   if (what == "read") read_plainly(shard, state);
   double took = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(), slowest = 0;
   if (what == "load") good = is_right(state);
+  finish(store);
   MPI_Allreduce(&took, &slowest, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
   if (world->rank() == 0) std::printf("%.6f\n", slowest);
   world->close();

@@ -178,8 +178,7 @@ TEST(DamageTest, OfTenThousandDamagedCheckpointsNoneIsLoadedAndTheOneBeforeIs) {
     const auto state = make_state(Cut::kColumns, 1, 0, 0, /*filled=*/false);
     for (int round = 0; round < kRounds; ++round) {
       const std::string how = format::damage(newer, older, random);
-      Store store(real_fs(), group,
-                  {.run_dir = run.path(), .epoch = 2, .known_durable = {"step-00000001.e0001", "step-00000002.e0001"}});
+      Store store(real_fs(), group, {.run_dir = run.path(), .epoch = 2, .known_durable = {{1, 1}, {1, 2}}});
       damaged += how.empty() ? 0 : 1;
       ASSERT_EQ(store.load_newest(state)->step, how.empty() ? 2 : 1) << "round " << round << ": " << how;
       ASSERT_EQ(first_difference(state, 0, how.empty() ? 2 : 1), "") << how;

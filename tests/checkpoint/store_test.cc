@@ -1,7 +1,12 @@
 #include <filesystem>
 #include <fstream>
+#include <map>
+#include <set>
 #include <sstream>
 
+#include <ATen/ops/arange.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/zeros_like.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -10,6 +15,7 @@
 #include <lockstep/collectives/local_group.h>
 #include <lockstep/format/manifest.h>
 #include <lockstep/format/reader.h>
+#include <lockstep/format/tensor_file.h>
 
 #include "state.h"
 #include "temp_dir.h"
@@ -32,7 +38,7 @@ void save_as(const std::string& run_dir, int world_size, Cut cut, int64_t step, 
   run_local_ranks(world_size, [&](ProcessGroup& group) {
     Store store(real_fs(), group, {.run_dir = run_dir, .epoch = epoch});
     EXPECT_TRUE(store.save(progress_at(step), make_state(cut, world_size, group.rank(), salt)));
-    EXPECT_GT(store.last_save_seconds(), 0);
+    EXPECT_GT(store.last_save().seconds, 0);
   });
 }
 
@@ -121,6 +127,83 @@ TEST(StoreTest, TheCallsOfASaveComeInTheOrderThatSurvivesAPowerLoss) {
                                  "sync_directory " + folder, "sync_directory checkpoints", "rename " + old,
                                  "sync_directory checkpoints", "unlink MANIFEST", "sync_directory " + old,
                                  "unlink " + shard, "rmdir " + old));
+}
+
+// Every rank opens every shard; but a chunk that several ranks of the machine want is read by one of them.
+TEST_P(WorldTest, AMachineReadsNoByteTwice) {
+  for (const Cut saved : kAllCuts) {
+    for (const Cut wanted : kAllCuts) {
+      const TempDir run;
+      save_as(run.path(), 3, saved, 1, 5);
+      std::map<std::string, std::multiset<int64_t>> offsets;  // by file, of what is read behind the header
+      FaultFs fs(real_fs(), [](const std::string&, const std::string&, int64_t) { return Fault{}; });
+      run_local_ranks(GetParam(), [&](ProcessGroup& group) {
+        Store store(fs, group, {.run_dir = run.path()});
+        const auto state = make_state(wanted, GetParam(), group.rank(), 0, /*filled=*/false);
+        EXPECT_TRUE(store.load_newest(state).has_value());
+        EXPECT_EQ(first_difference(state, group.rank(), 5), "");
+      });
+      for (const std::string& line : fs.log()) {
+        std::istringstream words(line);
+        std::string kind, path;
+        int64_t offset = 0;
+        words >> kind >> path >> offset;
+        if (kind == "read" && path.ends_with(".safetensors")) offsets[path].insert(offset);
+      }
+      EXPECT_FALSE(offsets.empty());
+      for (auto& [path, reads] : offsets) {
+        const auto file = real_fs().open_read(path);
+        const auto head = static_cast<int64_t>(format::read_header(*file, path).data_start);
+        for (const int64_t offset : reads)
+          EXPECT_TRUE(offset < head || reads.count(offset) == 1) << path << " " << offset;
+      }
+    }
+  }
+}
+
+// Larger than a chunk and than a window of the exchange, cut so that no border is a chunk's.
+TEST(StoreTest, LargeTensorsArriveInAnyCut) {
+  const std::vector<int64_t> shape = {9001, 2503};  // 86 MiB
+  const at::Tensor whole = at::arange(shape[0] * shape[1], at::kInt).reshape(shape);
+  const auto make = [&](int dim, int world_size, int rank) {
+    ShardLayout layout = dim < 0 ? ShardLayout::replicated("large", shape, "I32", world_size)
+                                 : ShardLayout::sharded("large", shape, "I32", dim, world_size);
+    const Box box = layout.boxes[rank];
+    const at::Tensor part = whole.narrow(0, box.offsets[0], box.sizes[0]).narrow(1, box.offsets[1], box.sizes[1]);
+    return std::pair(StateTensor{"weights", std::move(layout), at::zeros_like(part.contiguous())}, part);
+  };
+  for (const int saved_dim : {-1, 0, 1}) {
+    const TempDir run;
+    run_local_ranks(3, [&](ProcessGroup& group) {
+      auto [tensor, part] = make(saved_dim, 3, group.rank());
+      tensor.local.copy_(part);
+      EXPECT_TRUE(Store(real_fs(), group, {.run_dir = run.path()}).save(progress_at(1), {tensor}));
+    });
+    for (const int wanted_dim : {-1, 0, 1}) {
+      run_local_ranks(2, [&](ProcessGroup& group) {
+        const auto [tensor, part] = make(wanted_dim, 2, group.rank());
+        Store store(real_fs(), group, {.run_dir = run.path(), .read_threads = 2});
+        ASSERT_TRUE(store.load_newest({tensor}).has_value());
+        EXPECT_TRUE(at::equal(tensor.local, part)) << saved_dim << " -> " << wanted_dim;
+      });
+    }
+  }
+}
+
+TEST(StoreTest, RanksThatPlanOtherwiseAreNamed) {
+  const TempDir run;
+  run_local_ranks(3, [&](ProcessGroup& group) {
+    Store store(real_fs(), group, {.run_dir = run.path(), .check_plan = true});
+    EXPECT_TRUE(store.save(progress_at(1), make_state(Cut::kRows, 3, group.rank(), 1)));
+    auto state = make_state(Cut::kReplicated, 3, group.rank(), 1);
+    if (group.rank() == 2) std::swap(state[0], state[1]);
+    try {
+      store.save(progress_at(2), state);
+      ADD_FAILURE() << "not found";
+    } catch (const CheckFailed& error) {
+      EXPECT_THAT(error.what(), HasSubstr("rank 2 plans another checkpoint than rank 0"));
+    }
+  });
 }
 
 TEST(StoreTest, AnEmptyRunLoadsNothing) {

@@ -85,8 +85,24 @@ std::string Reader::what(const std::string& key, size_t file) const {
   return "tensor '" + key + "' in '" + path_ + "/" + manifest_.files[file].name + "'";
 }
 
-void Reader::read_chunk(const std::string& key, size_t file, uint64_t chunk, std::span<std::byte> target) const {
-  const Shard& shard = shards_[file];
+void for_each_chunk_run(const Box& stored, const Box& wanted, uint64_t item_bytes,
+                        const std::function<void(const ChunkRun&)>& take) {
+  const auto cut_run = [&](int64_t from, int64_t to, int64_t elements) {
+    uint64_t position = static_cast<uint64_t>(from) * item_bytes, target = static_cast<uint64_t>(to) * item_bytes;
+    const uint64_t end = position + static_cast<uint64_t>(elements) * item_bytes;
+    while (position < end) {
+      const uint64_t chunk = position / kChunkBytes, bytes = std::min(end, (chunk + 1) * kChunkBytes) - position;
+      take({chunk, position % kChunkBytes, target, bytes});
+      position += bytes;
+      target += bytes;
+    }
+  };
+  for_each_run(intersection(stored, wanted), stored, wanted, cut_run);
+}
+
+void Reader::read_chunk(const std::string& key, const StoredBox& box, uint64_t chunk,
+                        std::span<std::byte> target) const {
+  const Shard& shard = shards_[box.file];
   const StoredEntry& stored = shard.entries.at(key);
   const uint64_t begin = chunk * kChunkBytes;
   uint32_t crc = 0;
@@ -96,7 +112,7 @@ void Reader::read_chunk(const std::string& key, size_t file, uint64_t chunk, std
     crc = crc32c(piece, crc);
   }
   if (crc != stored.chunk_crcs[chunk]) {
-    throw CorruptData(what(key, file) + ": chunk " + std::to_string(chunk) + " (bytes " + std::to_string(begin) +
+    throw CorruptData(what(key, box.file) + ": chunk " + std::to_string(chunk) + " (bytes " + std::to_string(begin) +
                       " to " + std::to_string(begin + target.size()) + " of the tensor) fails its checksum");
   }
 }
@@ -108,28 +124,16 @@ void Reader::copy_part(const std::string& key, const StoredBox& stored, const Bo
   const uint64_t box_bytes = static_cast<uint64_t>(stored.box.numel()) * item;
   std::vector<std::byte> scratch;
   uint64_t in_scratch = UINT64_MAX;
-  const auto copy_run = [&](int64_t from, int64_t to, int64_t elements) {
-    uint64_t position = static_cast<uint64_t>(from) * item, into = static_cast<uint64_t>(to) * item;
-    const uint64_t run_end = position + static_cast<uint64_t>(elements) * item;
-    while (position < run_end) {
-      const uint64_t chunk = position / kChunkBytes, chunk_begin = chunk * kChunkBytes,
-                     chunk_end = std::min(chunk_begin + kChunkBytes, box_bytes);
-      const uint64_t bytes = std::min(run_end, chunk_end) - position;
-      if (position == chunk_begin && bytes == chunk_end - chunk_begin) {
-        read_chunk(key, stored.file, chunk, target.subspan(into, bytes));
-      } else {
-        if (in_scratch != chunk) {
-          scratch.resize(chunk_end - chunk_begin);
-          read_chunk(key, stored.file, chunk, scratch);
-          in_scratch = chunk;
-        }
-        std::memcpy(target.data() + into, scratch.data() + (position - chunk_begin), bytes);
-      }
-      position += bytes;
-      into += bytes;
+  for_each_chunk_run(stored.box, wanted, item, [&](const ChunkRun& run) {
+    const uint64_t chunk_bytes = std::min(kChunkBytes, box_bytes - run.chunk * kChunkBytes);
+    if (run.bytes == chunk_bytes) return read_chunk(key, stored, run.chunk, target.subspan(run.target, run.bytes));
+    if (in_scratch != run.chunk) {
+      scratch.resize(chunk_bytes);
+      read_chunk(key, stored, run.chunk, scratch);
+      in_scratch = run.chunk;
     }
-  };
-  for_each_run(intersection(stored.box, wanted), stored.box, wanted, copy_run);
+    std::memcpy(target.data() + run.target, scratch.data() + run.offset, run.bytes);
+  });
 }
 
 void Reader::read(const std::string& key, const Box& wanted, std::span<std::byte> target) const {
@@ -146,7 +150,7 @@ void Reader::stream(const std::string& key, const StoredBox& stored, const TakeC
   std::vector<std::byte> buffer(std::min(kChunkBytes, bytes));
   for (uint64_t chunk = 0; chunk < entry.chunk_crcs.size(); ++chunk) {
     const auto part = std::span(buffer).first(std::min(kChunkBytes, bytes - chunk * kChunkBytes));
-    read_chunk(key, stored.file, chunk, part);
+    read_chunk(key, stored, chunk, part);
     take(part);
   }
 }

@@ -24,7 +24,8 @@ std::string header_with(std::vector<TensorEntry>& entries, const std::vector<Box
 
 }  // namespace
 
-void write_shard(Fs& fs, const std::string& path, const std::vector<BoxToWrite>& boxes) {
+void write_shard(Fs& fs, const std::string& path, const std::vector<BoxToWrite>& boxes,
+                 const ProgressCallback& progress) {
   std::vector<TensorEntry> entries;
   std::vector<std::string> crcs;
   uint64_t data_bytes = 0;
@@ -45,6 +46,7 @@ void write_shard(Fs& fs, const std::string& path, const std::vector<BoxToWrite>&
       const auto chunk = bytes.subspan(begin, std::min<uint64_t>(kChunkBytes, bytes.size() - begin));
       crcs[i].replace(8 * (begin / kChunkBytes), 8, hex8(crc32c(chunk)));
       file->write_at(header_bytes + entries[i].begin + begin, chunk);
+      if (progress) progress(entries[i].begin + begin + chunk.size(), data_bytes);
     }
   }
   const std::string header = header_with(entries, boxes, crcs);

@@ -55,9 +55,10 @@ class RealFile : public File {
   }
 
   void allocate(uint64_t size_bytes) override {
-    int error = size_bytes == 0 ? 0 : EINTR;
-    while (error == EINTR) error = ::posix_fallocate(fd_.get(), 0, static_cast<off_t>(size_bytes));
-    if (error != 0) throw IoError("reserving " + std::to_string(size_bytes) + " bytes for", path_, error);
+    if (size_bytes == 0) return;
+    // Not posix_fallocate(): where a file system cannot reserve, that one writes a byte to every block.
+    if (uninterrupted([&] { return ::fallocate(fd_.get(), 0, 0, static_cast<off_t>(size_bytes)); }) == 0) return;
+    if (errno != EOPNOTSUPP && errno != ENOSYS) fail("reserving " + std::to_string(size_bytes) + " bytes for", path_);
   }
 
   void sync() override {

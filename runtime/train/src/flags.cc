@@ -52,7 +52,13 @@ DEFINE_double(weight_decay, 0.1, "decoupled weight decay of matrices");
 DEFINE_double(clip_norm, 1.0, "limit of the global gradient norm; 0: off");
 DEFINE_int64(checkpoint_interval_steps, 500, "steps between checkpoints; 0: only after the last step");
 DEFINE_bool(checkpoint_initial, false, "also save before the first step: the initial weights as files");
+DEFINE_bool(
+    asynchronous_save, true,
+    "write checkpoints while training goes on, from a copy as large as a rank's part of the state; the last one of "
+    "a run is waited for");
 DEFINE_int64(keep_checkpoints, 3, "checkpoints kept, at least 2");
+DEFINE_int64(keep_every_steps, 0, "checkpoints of steps that this divides are kept for good, beside those; 0: none");
+DEFINE_double(save_timeout_s, 1800, "seconds a rank waits for the slowest rank's storage before the run gives up");
 DEFINE_string(resume, "auto", "auto: newest good checkpoint of --run_dir; never: start over; or a checkpoint's path");
 DEFINE_string(init_from, "", "checkpoint to take weights from, at step 0");
 DEFINE_string(accept_config_change, "", "comma-separated configuration keys that may differ from the checkpoint's");
@@ -66,6 +72,8 @@ DEFINE_string(profile_steps, "",
 DEFINE_int64(replica_check_interval_steps, 100,
              "steps in which everything that several ranks hold is compared once, a part in each step; a rank that "
              "differs ends the run with exit code 79. 0: off. Needs --reduction=ordered");
+DEFINE_bool(check_collectives, false,
+            "compare across ranks what they must do alike, before they do it: so far, the plan of each checkpoint");
 DEFINE_double(collective_timeout_s, 300, "seconds a collective may take before the run gives up");
 
 namespace lockstep::train {
@@ -131,7 +139,10 @@ Options options_from_flags() {
   options.clip_norm = FLAGS_clip_norm;
   options.checkpoint_interval_steps = FLAGS_checkpoint_interval_steps;
   options.checkpoint_initial = FLAGS_checkpoint_initial;
+  options.asynchronous_save = FLAGS_asynchronous_save;
   options.keep_checkpoints = FLAGS_keep_checkpoints;
+  options.keep_every_steps = FLAGS_keep_every_steps;
+  options.save_timeout = Milliseconds(static_cast<int64_t>(FLAGS_save_timeout_s * 1000));
   options.resume = FLAGS_resume;
   options.init_from = FLAGS_init_from;
   options.accept_config_change = split(FLAGS_accept_config_change);
@@ -140,6 +151,7 @@ Options options_from_flags() {
   options.eval_samples = FLAGS_eval_samples;
   options.log_interval_steps = FLAGS_log_interval_steps;
   options.profile_steps = FLAGS_profile_steps;
+  options.check_collectives = FLAGS_check_collectives;
   options.replica_check_interval_steps = FLAGS_replica_check_interval_steps;
   return options;
 }

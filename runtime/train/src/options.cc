@@ -67,6 +67,9 @@ Options resolve(Options options, int world_size) {
   require(options.threads_per_rank > 0, "--threads_per_rank=" + num(options.threads_per_rank) + " must be positive");
   require(options.keep_checkpoints >= 2,
           "--keep_checkpoints=" + num(options.keep_checkpoints) + " must be at least 2: one to fall back to");
+  require(options.keep_every_steps >= 0,
+          "--keep_every_steps=" + num(options.keep_every_steps) + " must not be negative");
+  require(options.save_timeout > Milliseconds(0), "--save_timeout_s must be positive");
   require(options.precision == "fp32" || options.precision == "bf16",
           "--precision=" + options.precision + " is neither fp32 nor bf16");
   require(options.reduction == "ordered" || options.reduction == "fast",

@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include <lockstep/base/error.h>
+#include <lockstep/metrics/run_log.h>
 
 namespace lockstep::train {
 
@@ -37,6 +38,22 @@ void write_run_record(Fs& fs, const std::string& run_dir, const std::string& jso
   const std::string path = run_dir + "/run.json";
   fs.remove_file(path);
   write_durable(fs, path, json + "\n");
+}
+
+RunHistory read_history(Fs& fs, const std::string& run_dir) {
+  RunHistory history;
+  for (const std::string& line : metrics::read_ledger(fs, run_dir + "/ledger.jsonl")) {
+    const auto event = nlohmann::json::parse(line);
+    if (!event.contains("epoch")) continue;
+    const uint64_t epoch = event.at("epoch");
+    const std::string kind = event.at("event"), from = event.value("from", "");
+    if (kind == "durable") history.durable.emplace(epoch, event.at("step"));
+    if (kind == "start" || (kind == "resume" && !from.empty())) {
+      history.first_epoch = epoch;
+      history.from = from;
+    }
+  }
+  return history;
 }
 
 std::string config_difference(const std::string& was_json, const std::string& now_json,

@@ -1,6 +1,10 @@
 #pragma once
 
+#include <cstdint>
+#include <set>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include <lockstep/base/fs.h>
 #include <lockstep/collectives/process_group.h>
@@ -16,6 +20,15 @@ void prepare_run_directory(Fs& fs, ProcessGroup& world, const std::string& run_d
 /// Writes run.json: flags, versions, mesh, hosts, the record of what decides bits. Replaces the one of an earlier
 /// start. Rank 0.
 void write_run_record(Fs& fs, const std::string& run_dir, const std::string& json);
+
+/// What the ledger knows of a run's checkpoints.
+struct RunHistory {
+  std::set<std::pair<uint64_t, int64_t>> durable;  ///< (epoch, step)
+  uint64_t first_epoch = 0;                        ///< of the start that the present line of steps began with
+  std::string from;                                ///< the checkpoint it began with, by --resume=PATH; empty: step 0
+};
+/// @throws CorruptData the ledger's chain is broken.
+RunHistory read_history(Fs& fs, const std::string& run_dir);
 
 /// The keys in which two configurations differ, one "key: was A, now B" each, leaving out accepted ones.
 std::string config_difference(const std::string& was_json, const std::string& now_json,

@@ -15,7 +15,8 @@ struct StepReport {
   ExactSum correct;   ///< right answers, where the task counts them
   int64_t count = 0;  ///< what the micro-batches of its *next* step count for: known before their forward
   int32_t has_correct = 0;
-  int32_t stop = 0;  ///< a signal asked for the end
+  int32_t stop = 0;     ///< a signal asked for the end
+  int32_t writing = 0;  ///< its storage is at work for a checkpoint
 
   void merge(const StepReport& other) {
     squares.merge(other.squares);
@@ -24,6 +25,7 @@ struct StepReport {
     count += other.count;
     has_correct |= other.has_correct;
     stop |= other.stop;
+    writing |= other.writing;
   }
 };
 

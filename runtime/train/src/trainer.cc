@@ -1,11 +1,7 @@
-#include <array>
 #include <chrono>
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <set>
-
-#include <unistd.h>
 
 #include <nlohmann/json.hpp>
 #include <torch/torch.h>
@@ -23,6 +19,7 @@
 
 #include "heartbeat.h"
 #include "lanes.h"
+#include "memory.h"
 #include "parallel_model.h"
 #include "profile.h"
 #include "replica_watch.h"
@@ -38,36 +35,6 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
-
-int64_t resident_bytes() {
-  long pages = 0, resident = 0;
-  if (FILE* file = std::fopen("/proc/self/statm", "re")) {
-    if (std::fscanf(file, "%ld %ld", &pages, &resident) != 2) resident = 0;
-    std::fclose(file);
-  }
-  return static_cast<int64_t>(resident) * sysconf(_SC_PAGESIZE);
-}
-
-// Peak bytes by purpose on the rank that has most of each, counted by the CPU allocator since the process began.
-nlohmann::ordered_json peak_memory(ProcessGroup& world) {
-  constexpr std::array<const char*, nn::kMemoryKinds> kNames = {
-      "activations and other", "parameters", "gradients", "optimizer", "gathered", "buckets", "scratch"};
-  std::array<int64_t, nn::kMemoryKinds> mine{};
-  for (size_t kind = 0; kind < mine.size(); ++kind)
-    mine[kind] = nn::cpu_memory(static_cast<nn::MemoryKind>(kind)).peak_bytes;
-  const std::string all = all_gather_bytes(world, std::as_bytes(std::span(mine)));
-  nlohmann::ordered_json peaks;
-  for (size_t kind = 0; kind < mine.size(); ++kind) {
-    int64_t most = 0;
-    for (int rank = 0; rank < world.size(); ++rank) {
-      int64_t value = 0;
-      std::memcpy(&value, all.data() + (rank * mine.size() + kind) * sizeof(value), sizeof(value));
-      most = std::max(most, value);
-    }
-    peaks[kNames[kind]] = most;
-  }
-  return peaks;
-}
 
 // What rank 0 writes while the run goes on.
 struct Watch {
@@ -105,9 +72,9 @@ class Trainer {
   int num_lanes();
   void build_data();
   void open_run();
-  std::set<std::string> known_durable();
   void watch_replicas();
-  void resume();
+  void resume(const std::string& began_with);
+  void check_progress(const checkpoint::Progress& progress);
 
   // The step, top to bottom.
   void step();
@@ -118,8 +85,15 @@ class Trainer {
   int64_t prefetch();
 
   void evaluate();
+  // Checkpoints: begun here, written while training goes on, and waited for at the end.
+  void start_save();
   void save();
+  void advance_save();
+  void finish_save();
   void save_at_last();
+  std::string record_json() const;
+  checkpoint::Progress progress() const;
+  void report_save(const checkpoint::SaveResult& result);
   void note(const std::string& event, const nlohmann::ordered_json& fields);
   void stop_if_asked(bool asked);
   void sign_off();
@@ -145,7 +119,9 @@ class Trainer {
   std::optional<ReplicaWatch> replicas_;  // where something has a replica
   std::unique_ptr<Heartbeat> heartbeat_;
   std::string config_;
-  uint64_t epoch_ = 0;  // fencing: of this start
+  std::string resumed_path_;  // by --resume=PATH
+  std::string changed_;       // since the checkpoint that was resumed: configuration and machine
+  uint64_t epoch_ = 0;        // fencing: of this start
 
   std::vector<data::Batch> batches_, next_batches_;
   int64_t step_ = 0;        // updates finished
@@ -184,13 +160,19 @@ void Trainer::open_run() {
   if (is_chief() || std::string_view(world_.backend()) != "local")  // ranks that are threads share one log
     start_logging("lockstep", world_.rank(), world_.size(), options_.run_dir + "/logs");
   epoch_ = checkpoint::acquire_epoch(fs_, world_, options_.run_dir, options_.take_over);
+  const RunHistory history = is_chief() ? read_history(fs_, options_.run_dir) : RunHistory();
   store_ = std::make_unique<checkpoint::Store>(fs_, world_,
                                                checkpoint::Options{.run_dir = options_.run_dir,
                                                                    .keep_last = options_.keep_checkpoints,
+                                                                   .keep_every_steps = options_.keep_every_steps,
                                                                    .epoch = epoch_,
-                                                                   .timeout = options_.runtime.collective_timeout,
-                                                                   .known_durable = known_durable()});
-  resume();
+                                                                   .timeout = options_.save_timeout,
+                                                                   .check_plan = options_.check_collectives,
+                                                                   .read_threads = std::min(8, spare_lanes(world_, 1)),
+                                                                   .known_durable = history.durable,
+                                                                   .first_epoch = history.first_epoch});
+  resume(all_gather_text(world_, history.from)[0]);
+  if (options_.asynchronous_save && options_.checkpoint_interval_steps > 0) store_->reserve(model_.state());
   watch_replicas();
   loader_ = std::make_unique<data::TrainingLoader>(training_,
                                                    data::LoaderOptions{.seed = options_.seed,
@@ -214,6 +196,8 @@ void Trainer::open_run() {
                                    {"torch", TORCH_VERSION},
                                    {"arithmetic", arithmetic_record(options_.threads_per_rank)},
                                    {"training_data", training_->fingerprint()}};
+  if (!resumed_path_.empty()) record["from"] = resumed_path_;
+  if (!changed_.empty()) record["changed"] = changed_;
   write_run_record(fs_, options_.run_dir, record.dump(2));
   ledger_->append(result_.resumed_from < 0 ? "start" : "resume", record.dump());
   LOG(INFO) << task_.name() << ": " << model_.num_parameters() << " parameters, " << mesh_.describe() << ", "
@@ -222,30 +206,24 @@ void Trainer::open_run() {
             << options_.run_dir;
 }
 
-// Folders of checkpoints, by the ledger; rank 0 alone reads it.
-std::set<std::string> Trainer::known_durable() {
-  std::set<std::string> folders;
-  if (!is_chief()) return folders;
-  for (const std::string& line : metrics::read_ledger(fs_, options_.run_dir + "/ledger.jsonl")) {
-    const auto event = nlohmann::json::parse(line);
-    if (event.value("event", "") != "durable" || !event.contains("epoch")) continue;
-    folders.insert(format::directory_name(event.at("step"), event.at("epoch")));
-  }
-  return folders;
-}
-
 void Trainer::watch_replicas() {
   if (options_.replica_check_interval_steps == 0 || options_.reduction != "ordered") return;
   replicas_.emplace(model_.state(), world_.rank(), options_.replica_check_interval_steps);
   if (replicas_->num_digests() == 0) replicas_.reset();
 }
 
-void Trainer::resume() {
+// @param began_with  the checkpoint that this run was last started from by its path, if it was.
+void Trainer::resume(const std::string& began_with) {
   std::optional<checkpoint::Progress> progress;
   if (options_.resume == "auto") {
     progress = store_->load_newest(model_.state());
+    if (!progress && !began_with.empty()) {
+      throw ConfigError("this run was last started with --resume=" + began_with +
+                        " and has saved nothing since. Mend: start it so again, or over with --resume=never");
+    }
   } else if (options_.resume != "never") {
     progress = store_->load(options_.resume, model_.state());
+    resumed_path_ = options_.resume;
   }
   if (!progress) {
     model_.initialize(options_.seed);
@@ -253,19 +231,30 @@ void Trainer::resume() {
     model_.loaded();
     return;
   }
-  const std::string difference = config_difference(progress->config_json, config_, options_.accept_config_change);
+  check_progress(*progress);
+  model_.loaded();
+  step_ = result_.resumed_from = progress->step;
+  if (resumed_path_.empty()) saved_step_ = step_;  // else it lies elsewhere, or was passed by
+}
+
+void Trainer::check_progress(const checkpoint::Progress& progress) {
+  const std::string difference = config_difference(progress.config_json, config_, options_.accept_config_change);
   if (!difference.empty()) {
     throw ConfigError(
         "this run was started with another configuration:" + difference +
         "\nMend: use the old values, or accept a change with --accept_config_change=KEY,… , or name another --run_dir");
   }
-  if (progress->data_fingerprint != training_->fingerprint()) {
-    throw ConfigError("the training data is not what step " + std::to_string(progress->step) + " was trained on (" +
-                      progress->data_fingerprint + " then, " + training_->fingerprint() +
+  if (progress.data_fingerprint != training_->fingerprint()) {
+    throw ConfigError("the training data is not what step " + std::to_string(progress.step) + " was trained on (" +
+                      progress.data_fingerprint + " then, " + training_->fingerprint() +
                       " now). Mend: restore --train_data, or name another --run_dir");
   }
-  model_.loaded();
-  step_ = saved_step_ = result_.resumed_from = progress->step;
+  changed_ = config_difference(progress.config_json, config_, {});
+  const std::string record = config_difference(progress.record_json, record_json(), {"mesh"});
+  if (!record.empty() && is_chief())
+    LOG(WARNING) << "this machine computes otherwise than the one that saved step " << progress.step
+                 << ", so bits may differ from here on:" << record;
+  changed_ += record;
 }
 
 Result Trainer::run() {
@@ -273,6 +262,7 @@ Result Trainer::run() {
   if (step_ >= options_.steps) {
     if (is_chief())
       LOG(INFO) << "this run is done: " << step_ << " of " << options_.steps << " steps, in " << options_.run_dir;
+    save_at_last();  // one that came from elsewhere
     return result_;
   }
   if (step_ == 0 && options_.checkpoint_initial) save();
@@ -284,17 +274,22 @@ Result Trainer::run() {
     profile_.begin_step(step_);
     step();
     const bool last = step_ == options_.steps;
-    if (last || (options_.checkpoint_interval_steps > 0 && step_ % options_.checkpoint_interval_steps == 0)) save();
+    if (last) save();
+    if (!last && options_.checkpoint_interval_steps > 0 && step_ % options_.checkpoint_interval_steps == 0)
+      start_save();
     if (last || (options_.eval_interval_steps > 0 && step_ % options_.eval_interval_steps == 0)) evaluate();
     profile_.end_step(step_, last);
   }
   save_at_last();
   result_.steps = step_;
   result_.train_seconds = seconds_since(start);
-  const auto memory = peak_memory(world_);
+  const std::string memory = peak_memory_json(world_);
   if (is_chief()) {
     watch_->progress.finish();
-    note("end", {{"step", step_}, {"loss", result_.loss}, {"train_s", result_.train_seconds}, {"peak_bytes", memory}});
+    note("end", {{"step", step_},
+                 {"loss", result_.loss},
+                 {"train_s", result_.train_seconds},
+                 {"peak_bytes", nlohmann::ordered_json::parse(memory)}});
     LOG(INFO) << "done: " << step_ << " steps in " << result_.train_seconds << " s, loss " << result_.loss
               << (validation_ ? ", validation loss " + std::to_string(result_.validation_loss) : "");
     sign_off();
@@ -318,6 +313,7 @@ void Trainer::step() {
   batches_ = std::move(next_batches_);
   StepReport report = model_.compute(step_, step_count_, batches_);
   report.stop = stop_requested();
+  report.writing = store_->is_writing();
   const double divisor = static_cast<double>(step_count_);
   report.count = prefetch();
   const double local_squares = is_planted(Plant::kClipOfLocalNorm) ? report.squares.value() : 0;
@@ -351,6 +347,7 @@ void Trainer::step() {
                   seconds_since(start));
   }
   step_count_ = report.count;
+  if (store_->is_saving() && !report.writing) advance_save();
   stop_if_asked(report.stop != 0);
 }
 
@@ -450,30 +447,61 @@ void Trainer::evaluate() {
   watch_->progress.message("step " + std::to_string(step_) + "  " + text);
 }
 
-void Trainer::save() {
-  if (saved_step_ == step_) return;
+// What computes: the bits depend on it, beside the configuration; of the mesh, by tier A, they do not.
+std::string Trainer::record_json() const {
+  return nlohmann::ordered_json{{"mesh", mesh_.describe()},
+                                {"torch", TORCH_VERSION},
+                                {"arithmetic", arithmetic_record(options_.threads_per_rank)}}
+      .dump();
+}
+
+checkpoint::Progress Trainer::progress() const {
+  return {.step = step_,
+          .samples = step_ * options_.global_batch_size,
+          .config_json = config_,
+          .record_json = record_json(),
+          .data_fingerprint = training_->fingerprint()};
+}
+
+// One at a time: where storage is slower than the interval, training waits for it.
+void Trainer::start_save() {
+  if (!options_.asynchronous_save) return save();
   const metrics::TraceSpan span(track_, "checkpoint", "step");
-  const checkpoint::Progress progress{
-      .step = step_,
-      .samples = step_ * options_.global_batch_size,
-      .config_json = config_,
-      .record_json = nlohmann::ordered_json{{"mesh", mesh_.describe()},
-                                            {"torch", TORCH_VERSION},
-                                            {"arithmetic", arithmetic_record(options_.threads_per_rank)}}
-                         .dump(),
-      .data_fingerprint = training_->fingerprint()};
+  finish_save();
   // First: the steps of a checkpoint do not run again, so their lines must not get lost after it.
   if (is_chief()) watch_->metrics.flush();
-  const bool durable = store_->save(progress, model_.state());
-  if (durable) saved_step_ = step_;
+  if (!store_->start_save(progress(), model_.state())) report_save({.step = step_});
+}
+
+void Trainer::save() {
+  const metrics::TraceSpan span(track_, "checkpoint", "step");
+  finish_save();
+  if (saved_step_ == step_) return;
+  if (is_chief()) watch_->metrics.flush();
+  const bool durable = store_->save(progress(), model_.state());
+  report_save(durable ? store_->last_save() : checkpoint::SaveResult{.step = step_});
+}
+
+void Trainer::advance_save() {
+  const metrics::TraceSpan span(track_, "checkpoint", "step");
+  if (const auto result = store_->advance_save()) report_save(*result);
+}
+
+void Trainer::finish_save() {
+  while (store_->is_saving()) advance_save();
+}
+
+void Trainer::report_save(const checkpoint::SaveResult& result) {
+  const std::string name = "step " + std::to_string(result.step);
+  if (result.durable) saved_step_ = result.step;
   if (!is_chief()) return;
-  if (durable) {
-    note("durable", {{"step", step_}, {"epoch", epoch_}, {"save_s", store_->last_save_seconds()}});
-    watch_->progress.message("step " + std::to_string(step_) + "  checkpoint durable after " +
-                             std::to_string(store_->last_save_seconds()) + " s");
+  if (result.durable) {
+    note("durable",
+         {{"step", result.step}, {"epoch", epoch_}, {"save_s", result.seconds}, {"stall_s", result.stall_seconds}});
+    watch_->progress.message(name + "  checkpoint durable after " + std::to_string(result.seconds) +
+                             " s, training held up for " + std::to_string(result.stall_seconds) + " s");
   } else {
-    LOG(WARNING) << "step " << step_
-                 << " could not be saved; training goes on, the checkpoints before it are untouched";
+    LOG(WARNING) << name << " could not be saved; training goes on, the checkpoints before it are untouched";
   }
 }
 

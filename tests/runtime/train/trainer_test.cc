@@ -1,8 +1,11 @@
 // Whole runs on threads. The oracle is a loop of a dozen lines in plain LibTorch.
+#include <atomic>
+#include <chrono>
 #include <csignal>
 #include <filesystem>
 #include <fstream>
 #include <map>
+#include <thread>
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -143,25 +146,30 @@ TEST_P(TrainerTest, AnInterruptedRunEndsWithTheBitsOfAnUninterruptedOne) {
   const TempDir other;
   const Outcome whole = run_on(1, small_run(other.path()));
   ASSERT_FALSE(whole.weights.empty());
-  const auto interrupted = [&](int64_t at) {
-    EXPECT_THROW(run_on(GetParam(), options_,
-                        [&](RegressionTask& task) {
-                          auto left = std::make_shared<std::atomic<int64_t>>(at);
-                          task.disturb = [left](at::Tensor&, const data::Batch&) {
-                            if (left->fetch_sub(1) == 0) throw IoError("pulling", "the plug", EIO);
-                          };
-                        }),
-                 Error);
-  };
-  interrupted((6 * 8) / GetParam());         // some micro-batch of the seventh step, after the checkpoint of step 5
-  interrupted((6 * 8) / GetParam());         // of the twelfth
-  const Outcome ours = run_on(3, options_);  // on another number of ranks
-  EXPECT_EQ(ours.result.resumed_from, 10);
-  EXPECT_EQ(ours.weights, whole.weights);
-  EXPECT_EQ(ours.result.loss, whole.result.loss);
-  const auto lines = lines_of(dir_ / "metrics.jsonl");
-  ASSERT_EQ(lines.size(), 12) << "each step stands once";
-  for (size_t i = 0; i < lines.size(); ++i) EXPECT_EQ(lines[i].at("step"), i + 1);
+  for (const bool in_background : {false, true}) {
+    const TempDir dir;
+    options_.run_dir = dir.path();
+    options_.asynchronous_save = in_background;
+    const auto interrupted = [&](int64_t at) {
+      EXPECT_THROW(run_on(GetParam(), options_,
+                          [&](RegressionTask& task) {
+                            auto left = std::make_shared<std::atomic<int64_t>>(at);
+                            task.disturb = [left](at::Tensor&, const data::Batch&) {
+                              if (left->fetch_sub(1) == 0) throw IoError("pulling", "the plug", EIO);
+                            };
+                          }),
+                   Error);
+    };
+    interrupted((6 * 8) / GetParam());         // some micro-batch of the seventh step, after the checkpoint of step 5
+    interrupted((6 * 8) / GetParam());         // of the twelfth, where that one was durable
+    const Outcome ours = run_on(3, options_);  // on another number of ranks
+    EXPECT_TRUE(in_background || ours.result.resumed_from == 10) << ours.result.resumed_from;
+    EXPECT_EQ(ours.weights, whole.weights);
+    EXPECT_EQ(ours.result.loss, whole.result.loss);
+    const auto lines = lines_of(dir / "metrics.jsonl");
+    ASSERT_EQ(lines.size(), 12) << "each step stands once";
+    for (size_t i = 0; i < lines.size(); ++i) EXPECT_EQ(lines[i].at("step"), i + 1);
+  }
 }
 
 TEST_P(TrainerTest, EvaluatesEverySampleOnce) {
@@ -272,6 +280,7 @@ TEST_P(TrainerMistakeTest, AChangedConfigurationIsRefusedByKeyUntilItIsAccepted)
 
 TEST_P(TrainerMistakeTest, OtherTrainingDataIsRefused) {
   options_.steps = 6;
+  options_.asynchronous_save = false;
   EXPECT_THROW(run_on(2, options_,
                       [](RegressionTask& task) {
                         task.disturb = [calls = 0](at::Tensor&, const data::Batch&) mutable {
@@ -351,6 +360,97 @@ TEST(TrainerCheckpointTest, LinesOfItsStepsAreThereBeforeACheckpointIs) {
   EXPECT_THAT(lines_at_commit, testing::ElementsAre(5, 10, 12));
 }
 
+// Removes the MANIFEST of each checkpoint whose folder's name has `step` in it.
+std::vector<std::filesystem::path> lose_manifests(const TempDir& dir, const std::string& step) {
+  std::vector<std::filesystem::path> folders;
+  for (const auto& entry : std::filesystem::directory_iterator(dir / "checkpoints")) {
+    if (entry.path().filename().string().find(step) == std::string::npos) continue;
+    if (std::filesystem::remove(entry.path() / "MANIFEST")) folders.push_back(entry.path());
+  }
+  return folders;
+}
+
+// Storage stands still until a later step has begun: only a run that goes on meanwhile gets there in time.
+TEST(TrainerCheckpointTest, TrainingGoesOnWhileACheckpointIsWritten) {
+  const TempDir dir, other;
+  std::atomic<int64_t> losses = 0;
+  const auto in_step = [](int64_t losses) { return losses / 8 + 1; };  // micro-batches of a step
+  std::vector<int64_t> stood_until;
+  FaultFs fs(real_fs(), [&](const std::string& kind, const std::string& path, int64_t) {
+    if (kind != "allocate" || path.find("step-00000005") == std::string::npos) return Fault{};
+    for (int waited_ms = 0; in_step(losses) < 8 && waited_ms < 20'000; ++waited_ms)
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    stood_until.push_back(in_step(losses));
+    return Fault{};
+  });
+  const auto count = [&](RegressionTask& task) { task.disturb = [&](at::Tensor&, const data::Batch&) { ++losses; }; };
+  const Outcome ours = run_on(2, small_run(dir.path()), count, fs);
+  ASSERT_FALSE(stood_until.empty());
+  EXPECT_GE(stood_until[0], 8);
+  EXPECT_THAT(events_of(dir), testing::ElementsAre("start", "durable", "durable", "durable", "end"));
+  for (const json& line : lines_of(dir / "ledger.jsonl")) {
+    if (line.at("event") != "durable") continue;
+    EXPECT_GT(line.at("stall_s"), 0);
+    EXPECT_LE(line.at("stall_s"), line.at("save_s"));
+  }
+  Options waiting = small_run(other.path());
+  waiting.asynchronous_save = false;
+  EXPECT_EQ(run_on(2, waiting).weights, ours.weights);
+  lose_manifests(dir, "step-00000012"), lose_manifests(other, "step-00000012");
+  EXPECT_EQ(run_on(1, small_run(dir.path())).weights, ours.weights) << "from step 10, saved in the background";
+}
+
+TEST(TrainerCheckpointTest, KeepEveryStepsKeepsForGood) {
+  const TempDir dir;
+  Options options = small_run(dir.path());
+  options.checkpoint_interval_steps = 2;
+  options.keep_checkpoints = 2;
+  options.keep_every_steps = 4;
+  run_on(2, options);
+  std::vector<std::string> kept;
+  for (const auto& entry : std::filesystem::directory_iterator(dir / "checkpoints"))
+    kept.push_back(entry.path().filename());
+  EXPECT_THAT(kept, testing::UnorderedElementsAre("step-00000004.e0001", "step-00000008.e0001", "step-00000010.e0001",
+                                                  "step-00000012.e0001"));
+}
+
+// A person who starts over, or from a checkpoint by its path, has left the steps before: no crash brings them back.
+TEST(TrainerCheckpointTest, ALineOfStepsThatWasLeftIsNotGoneBackTo) {
+  const TempDir dir, source;
+  run_on(2, small_run(dir.path()));
+  const auto dies_early = [](RegressionTask& task) {
+    auto calls = std::make_shared<std::atomic<int>>(0);
+    task.disturb = [calls](at::Tensor&, const data::Batch&) {
+      if (++*calls > 10) throw std::runtime_error("killed");
+    };
+  };
+  Options options = small_run(dir.path());
+  options.resume = "never";
+  EXPECT_ANY_THROW(run_on(2, options, dies_early));
+  options.resume = "auto";
+  EXPECT_ANY_THROW(run_on(2, options, dies_early)) << "starts over again, so it trains";
+  const Outcome over = run_on(2, options);
+  EXPECT_EQ(over.result.resumed_from, -1);
+  EXPECT_EQ(run_on(2, options).result.resumed_from, 12) << "what was saved since is gone on with";
+
+  for (const auto& entry : std::filesystem::directory_iterator(dir / "checkpoints"))
+    if (entry.path().filename().string().starts_with("step-00000005")) options.resume = entry.path();
+  EXPECT_ANY_THROW(run_on(2, options, dies_early));
+  const std::string path = std::exchange(options.resume, "auto");
+  try {
+    run_on(2, options);
+    ADD_FAILURE() << "went back to step 12";
+  } catch (const ConfigError& error) {
+    EXPECT_THAT(error.what(), AllOf(HasSubstr(path), HasSubstr("--resume=never")));
+  }
+  options.resume = path;
+  const Outcome from_path = run_on(2, options);
+  EXPECT_EQ(from_path.result.resumed_from, 5);
+  EXPECT_EQ(from_path.weights, over.weights);
+  options.resume = "auto";
+  EXPECT_EQ(run_on(2, options).result.resumed_from, 12);
+}
+
 TEST(TrainerCheckpointTest, AFullDiskCostsTheCheckpointAndNotTheRun) {
   const TempDir dir;
   FaultFs fs(real_fs(), [](const std::string& kind, const std::string& path, int64_t) {
@@ -363,16 +463,6 @@ TEST(TrainerCheckpointTest, AFullDiskCostsTheCheckpointAndNotTheRun) {
   EXPECT_THAT(events_of(dir), testing::ElementsAre("start", "durable", "durable", "end"));
   const TempDir other;
   EXPECT_EQ(ours.weights, run_on(1, small_run(other.path())).weights);
-}
-
-// Removes the MANIFEST of each checkpoint whose folder's name has `step` in it.
-std::vector<std::filesystem::path> lose_manifests(const TempDir& dir, const std::string& step) {
-  std::vector<std::filesystem::path> folders;
-  for (const auto& entry : std::filesystem::directory_iterator(dir / "checkpoints")) {
-    if (entry.path().filename().string().find(step) == std::string::npos) continue;
-    if (std::filesystem::remove(entry.path() / "MANIFEST")) folders.push_back(entry.path());
-  }
-  return folders;
 }
 
 TEST(TrainerCheckpointTest, ALostManifestIsDamageAndNeverAFreshStart) {

@@ -11,9 +11,21 @@
 #include <lockstep/base/error.h>
 #include <lockstep/base/fs.h>
 #include <lockstep/format/manifest.h>
+#include <lockstep/format/progress.h>
 #include <lockstep/format/tensor_file.h>
 
 namespace lockstep::format {
+
+/// Bytes that lie side by side in a stored box and in a wanted one, within one chunk of the stored box.
+struct ChunkRun {
+  uint64_t chunk = 0;
+  uint64_t offset = 0;  ///< in the chunk
+  uint64_t target = 0;  ///< in the memory of the wanted box
+  uint64_t bytes = 0;
+};
+/// Calls `take` for every such stretch; chunks, offsets and targets rise.
+void for_each_chunk_run(const Box& stored, const Box& wanted, uint64_t item_bytes,
+                        const std::function<void(const ChunkRun&)>& take);
 
 /// A checkpoint opened for reading. On opening: manifest, file sizes, shard headers and their checksums, and that the
 /// headers hold the boxes the manifest lists; so later allocations are bounded by bytes that exist. Every data byte is
@@ -33,6 +45,9 @@ class Reader {
   /// there, through one chunk of scratch where it is not. After an exception `target` holds rubbish.
   /// @throws CorruptData naming file, tensor and chunk; IoError.
   void read(const std::string& key, const Box& wanted, std::span<std::byte> target) const;
+
+  /// One chunk of a stored box of tensor `key`, checked; `target` has its size. @throws as read().
+  void read_chunk(const std::string& key, const StoredBox& stored, uint64_t chunk, std::span<std::byte> target) const;
 
   /// XXH3-128 of the global tensor in row-major order: the same for any layout it was saved in. Streams a chunk at a
   /// time what is stored whole or cut along its first dim; assembles the tensor in memory for other cuts.
@@ -56,7 +71,6 @@ class Reader {
   void open_shard(Fs& fs, const StoredFile& stored);
   void check_boxes() const;
   std::string what(const std::string& key, size_t file) const;
-  void read_chunk(const std::string& key, size_t file, uint64_t chunk, std::span<std::byte> target) const;
   void copy_part(const std::string& key, const StoredBox& stored, const Box& wanted, std::span<std::byte> target) const;
   void stream(const std::string& key, const StoredBox& stored, const TakeChunk& take) const;
 
@@ -64,9 +78,6 @@ class Reader {
   Manifest manifest_;
   std::vector<Shard> shards_;
 };
-
-/// Told bytes done and bytes in all, never from two threads at once; may be empty.
-using ProgressCallback = std::function<void(uint64_t, uint64_t)>;
 
 /// Digests over lines "key dtype size size... digest" of all tensors of a kind, in key order.
 struct CheckpointDigests {

@@ -7,6 +7,7 @@
 #include <lockstep/base/fs.h>
 #include <lockstep/format/box.h>
 #include <lockstep/format/manifest.h>
+#include <lockstep/format/progress.h>
 
 namespace lockstep::format {
 
@@ -22,7 +23,8 @@ struct BoxToWrite {
 /// kept, fdatasync, close. The file is a valid safetensors file; its metadata lets torch's HuggingFaceStorageReader
 /// reshard it. @throws IoError.
 /// CheckFailed: bytes that do not fit their box.
-void write_shard(Fs& fs, const std::string& path, const std::vector<BoxToWrite>& boxes);
+void write_shard(Fs& fs, const std::string& path, const std::vector<BoxToWrite>& boxes,
+                 const ProgressCallback& progress = {});
 
 /// A shard as a manifest lists it, from opening the finished file anew and parsing its header. @throws CorruptData,
 /// IoError.

@@ -16,9 +16,10 @@ class File {
   virtual void write_at(uint64_t offset, std::span<const std::byte> bytes) = 0;
   /// Fills `bytes` completely. @throws CorruptData when the file ends before.
   virtual void read_at(uint64_t offset, std::span<std::byte> bytes) const = 0;
-  virtual void allocate(uint64_t size_bytes) = 0;  ///< fallocate: disk full shows here, before any byte is written
-  virtual void sync() = 0;                         ///< fdatasync; after a failure the file is poisoned, never retried
-  virtual void close() = 0;                        ///< checks close()'s own error; later calls are a bug
+  /// fallocate: disk full shows here, before any byte is written; nothing on file systems that cannot reserve.
+  virtual void allocate(uint64_t size_bytes) = 0;
+  virtual void sync() = 0;   ///< fdatasync; after a failure the file is poisoned, never retried
+  virtual void close() = 0;  ///< checks close()'s own error; later calls are a bug
   virtual uint64_t size() const = 0;
 };
 

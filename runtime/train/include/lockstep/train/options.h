@@ -47,9 +47,12 @@ struct Options {
   // checkpoint
   int64_t checkpoint_interval_steps = 500;  ///< <= 0: only the last step
   bool checkpoint_initial = false;          ///< also before the first step: the initial weights as files
+  bool asynchronous_save = true;            ///< those between: written while training goes on, from a copy
   int64_t keep_checkpoints = 3;
-  std::string resume = "auto";  ///< auto | never | PATH
-  std::string init_from;        ///< weights only, step 0
+  int64_t keep_every_steps = 0;          ///< those of steps that it divides are kept for good; 0: none
+  Milliseconds save_timeout{1'800'000};  ///< a rank waits so long for the slowest rank's storage
+  std::string resume = "auto";           ///< auto | never | PATH
+  std::string init_from;                 ///< weights only, step 0
   std::vector<std::string> accept_config_change;
   bool take_over = false;
 
@@ -57,7 +60,8 @@ struct Options {
   int64_t eval_interval_steps = 250;  ///< <= 0: only after the last step
   int64_t eval_samples = -1;          ///< -1: the whole validation split
   int64_t log_interval_steps = 10;
-  std::string profile_steps;  ///< "10:12": what all ranks do in these steps goes into traces/step-10-12.json
+  std::string profile_steps;       ///< "10:12": what all ranks do in these steps goes into traces/step-10-12.json
+  bool check_collectives = false;  ///< compare across ranks what they must do alike: so far, plans of checkpoints
   int64_t replica_check_interval_steps = 100;  ///< steps in which all that replicas hold is compared once; 0: off
 
   int64_t num_leaves() const { return global_batch_size / micro_batch_size; }
