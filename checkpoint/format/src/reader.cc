@@ -26,7 +26,7 @@ std::vector<uint32_t> parse_crcs(const nlohmann::json& hex, uint64_t bytes, cons
 }
 
 // Read and checked in pieces that are still in the cache when they are checked.
-constexpr uint64_t kPieceBytes = uint64_t{256} << 10;
+constexpr uint64_t kPieceBytes = uint64_t{512} << 10;
 
 bool is_row_major_stretch(const Box& box, const std::vector<int64_t>& shape) {
   for (size_t d = 1; d < shape.size(); ++d) {
