@@ -91,8 +91,8 @@ void LoopDisk::attach() {
   }
 }
 
-void LoopDisk::mount(const std::string& directory) {
-  require(::mount(device_path_.c_str(), directory.c_str(), "ext4", MS_NOATIME, "") == 0, "mounting", device_path_);
+void LoopDisk::mount(const std::string& directory, const char* options) {
+  require(::mount(device_path_.c_str(), directory.c_str(), "ext4", MS_NOATIME, options) == 0, "mounting", device_path_);
   mounted_at_ = directory;
 }
 

@@ -26,7 +26,7 @@ class LoopDisk {
   LoopDisk(const LoopDisk&) = delete;
   LoopDisk& operator=(const LoopDisk&) = delete;
 
-  void mount(const std::string& directory);
+  void mount(const std::string& directory, const char* options = "");
   void unmount();  ///< no file on it may be open
   /// What was not synced is lost, and every later call on the mounted file system fails.
   void cut_power();
