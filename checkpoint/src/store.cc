@@ -68,6 +68,13 @@ void Store::check_not_fenced() {
   }
 }
 
+void Store::check_owner() {
+  on_chief(world_, options_.timeout, [&] {
+    check_not_fenced();
+    return std::string();
+  });
+}
+
 // Wrong bytes under a right name are what a checkpoint must never hold, so the caller's state is not taken on trust.
 void Store::check_state(const std::vector<StateTensor>& state) const {
   std::set<std::string> keys;

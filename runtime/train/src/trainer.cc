@@ -181,6 +181,7 @@ void Trainer::open_run() {
                                                                        .leaves = model_.leaves(),
                                                                        .first_step = step_,
                                                                        .pin_memory = device_.is_cuda()});
+  store_->check_owner();  // loading takes long; from here on this start's files replace those of the one before
   if (!is_chief()) return;
   heartbeat_ = std::make_unique<Heartbeat>(fs_, options_.run_dir, epoch_);
   ledger_ = std::make_unique<metrics::Ledger>(fs_, options_.run_dir + "/ledger.jsonl");

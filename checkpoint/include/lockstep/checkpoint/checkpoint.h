@@ -87,6 +87,10 @@ class Store {
   Store(Fs& fs, ProcessGroup& world, Options options);
   ~Store();  ///< waits for what this rank is writing, never for another rank
 
+  /// Whoever is about to write into the run asks first. Collective.
+  /// @throws Fenced on every rank, when a newer start owns the run.
+  void check_owner();
+
   /// Saves; returns when durable (all fsyncs done) on every rank.
   /// @return false when some rank failed: nothing of the attempt is left, older checkpoints are as they were, training
   ///         may go on; the reason is logged on the rank that failed. Also when this start has saved this step before.
