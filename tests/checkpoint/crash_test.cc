@@ -1,82 +1,235 @@
-// Power loss at every call of a sequence of saves, with many outcomes for what was not yet synced.
+// Every state that a power loss may leave of a row of saves, systematically: each is loaded.
+#include <algorithm>
+#include <array>
 #include <atomic>
+#include <cstdlib>
+#include <mutex>
+#include <thread>
+#include <unordered_set>
 
+#include <ATen/ops/arange.h>
+#include <ATen/ops/equal.h>
 #include <gtest/gtest.h>
 
+#include <lockstep/base/error.h>
+#include <lockstep/base/fault_fs.h>
 #include <lockstep/base/log.h>
 #include <lockstep/collectives/local_group.h>
 #include <lockstep/format/manifest.h>
 
 #include "crash_fs.h"
+#include "crash_losses.h"
 #include "state.h"
 
 namespace lockstep::checkpoint {
 namespace {
 
-struct Moment {
-  std::unique_ptr<CrashFs> fs;
-  int64_t acknowledged;  // the last step that save() called durable
+constexpr int64_t kSteps = 6, kKeep = 2;
+// Saves that fail: one whose shard cannot be synced, and one whose MANIFEST stands already, under its own name, when the
+// last sync of all fails.
+constexpr int64_t kNoShard = 3, kNoLastSync = 5;
+
+// Steps whose save had begun, and those that it had called durable, once the log had that many operations.
+struct Mark {
+  size_t operations = 0;
+  int64_t attempted = 0;
+  std::vector<int64_t> durable = {};
 };
 
-std::vector<Moment> moments_of_saves(int world_size, int64_t num_saves) {
+// make_state, and a tensor of several pages.
+std::vector<StateTensor> state_at(int64_t step, int world_size, int rank) {
+  std::vector<StateTensor> state = make_state(Cut::kRows, world_size, rank, static_cast<int>(step));
+  ShardLayout layout = ShardLayout::sharded("wide", {5, 450}, "F64", 0, world_size);
+  const Box box = layout.boxes[rank];
+  const at::Tensor whole = at::arange(2250, at::kDouble).add(step).reshape({5, 450});
+  state.push_back({"weights", std::move(layout), whole.narrow(0, box.offsets[0], box.sizes[0]).contiguous()});
+  return state;
+}
+
+enum class Form { kSynchronous, kInBackground };
+
+bool save(Store& store, Form form, const Progress& progress, const std::vector<StateTensor>& state) {
+  if (form == Form::kSynchronous) return store.save(progress, state);
+  if (!store.start_save(progress, state)) return false;
+  std::optional<SaveResult> result;
+  while (!result) result = store.advance_save();
+  return result->durable;
+}
+
+struct Recording {
   CrashFs fs;
+  std::vector<Mark> marks = {Mark{}};
+
+  const Mark& mark_at(size_t operations) const {
+    return *std::find_if(marks.rbegin(), marks.rend(), [&](const Mark& m) { return m.operations <= operations; });
+  }
+};
+
+void record_saves(int world_size, Form form, Recording& recording) {
+  CrashFs& fs = recording.fs;
   fs.make_directory("/run", 0700);
   fs.sync_directory("/");
-  std::vector<Moment> moments;
-  std::atomic<int64_t> acknowledged{0};
-  fs.watch([&] { moments.push_back({fs.copy(), acknowledged}); });
+  std::mutex mutex;
+  const auto mark = [&](int64_t attempted, int64_t durable) {
+    const std::lock_guard lock(mutex);
+    Mark next = recording.marks.back();
+    next.operations = fs.num_operations();
+    next.attempted = std::max(next.attempted, attempted);
+    if (durable > 0 && (next.durable.empty() || next.durable.back() != durable)) next.durable.push_back(durable);
+    recording.marks.push_back(std::move(next));
+  };
+  const std::string bad_shard = "/run/checkpoints/" + format::directory_name(kNoShard, 1) + "/" +
+                                format::shard_name(world_size - 1, world_size);
+  const std::string bad_manifest = "/run/checkpoints/" + format::directory_name(kNoLastSync, 1) + "/MANIFEST";
+  bool manifest_stands = false;
+  FaultFs faulty(fs, [&](const std::string& kind, const std::string& path, int64_t) {
+    if (kind == "rename" && path == bad_manifest) manifest_stands = true;
+    if (kind == "sync" && path == bad_shard) return Fault{.error_number = ENOSPC};
+    if (kind == "sync_directory" && path == "/run/checkpoints" && std::exchange(manifest_stands, false))
+      return Fault{.error_number = EIO};
+    return Fault{};
+  });
   run_local_ranks(world_size, [&](ProcessGroup& group) {
-    Store store(fs, group, {.run_dir = "/run", .keep_last = 2});
-    for (int64_t step = 1; step <= num_saves; ++step) {
-      EXPECT_TRUE(
-          store.save(progress_at(step), make_state(Cut::kRows, world_size, group.rank(), static_cast<int>(step))));
-      if (group.rank() == 0) acknowledged = step;
+    Store store(faulty, group, {.run_dir = "/run", .keep_last = kKeep});
+    Progress progress = progress_at(0);
+    progress.config_json = R"({"a":")" + std::string(5000, 'a') + R"("})";  // so that a manifest has several pages
+    for (progress.step = 1; progress.step <= kSteps; ++progress.step) {
+      mark(progress.step, 0);
+      group.barrier();
+      const bool saved = save(store, form, progress, state_at(progress.step, world_size, group.rank()));
+      EXPECT_EQ(saved, progress.step != kNoShard && progress.step != kNoLastSync) << progress.step;
+      if (saved) mark(progress.step, progress.step);  // by the first rank that knows: others may still be removing
       group.barrier();
     }
   });
-  moments.push_back({fs.copy(), acknowledged});
-  return moments;
 }
 
-bool has_quarantine(Fs& fs) {
-  for (const auto& candidate : format::list_candidates(fs, "/run/checkpoints")) {
-    if (candidate.quarantined) return true;
+// Loads what a power loss has left, into the same tensors each time.
+class Survivor {
+ public:
+  explicit Survivor(ProcessGroup& group) : group_(group), state_(state_at(0, 1, 0)) {
+    for (int64_t step = 0; step <= kSteps; ++step) expected_.push_back(state_at(step, 1, 0));
   }
-  return false;
+
+  // Empty when all is as promised.
+  std::string what_is_wrong(CrashFs& left, const Mark& mark) {
+    Options options{.run_dir = "/run", .keep_last = kKeep, .epoch = 2};
+    for (const int64_t step : mark.durable) options.known_durable.emplace(1, step);
+    Store store(left, group_, options);
+    clear();
+    const auto progress = store.load_newest(state_);
+    const int64_t acknowledged = mark.durable.empty() ? 0 : mark.durable.back();
+    const int64_t loaded = progress ? progress->step : 0;
+    if (loaded < acknowledged) return "step " + std::to_string(acknowledged) + " is lost";
+    if (loaded > mark.attempted || loaded == kNoShard) return "a step that was never whole";
+    if (loaded > 0 && !is_step(loaded)) return "wrong values of the newest step";
+    int64_t good = 0;
+    for (const auto& candidate : format::list_candidates(left, "/run/checkpoints")) {
+      if (!candidate.complete || candidate.quarantined) return candidate.path + " is a wreck";
+      clear();
+      store.load(candidate.path, state_);
+      if (!is_step(candidate.step)) return "wrong values of an older step";
+      ++good;
+    }
+    if (good < std::min<int64_t>(kKeep, static_cast<int64_t>(mark.durable.size()))) return "too few are kept";
+    return store.save(progress_at(9), state_) ? "" : "the run cannot go on";
+  }
+
+ private:
+  void clear() {
+    for (StateTensor& tensor : state_) tensor.local.zero_();
+  }
+  bool is_step(int64_t step) const {
+    const auto& expected = expected_[step];
+    return std::equal(state_.begin(), state_.end(), expected.begin(),
+                      [](const StateTensor& a, const StateTensor& b) { return at::equal(a.local, b.local); });
+  }
+
+  ProcessGroup& group_;
+  std::vector<StateTensor> state_;
+  std::vector<std::vector<StateTensor>> expected_;  // by step
+};
+
+std::string describe(const CrashFs& fs, size_t prefix, const std::vector<CrashFs::Loss>& losses) {
+  std::string text = "after operation " + std::to_string(prefix) + " without";
+  for (const auto& loss : losses) {
+    text += " " + std::to_string(loss.operation) + " (kind " +
+            std::to_string(static_cast<int>(fs.operation(loss.operation).kind)) + " of file " +
+            std::to_string(fs.operation(loss.operation).inode);
+    if (loss.end != CrashFs::kNever)
+      text += ", bytes " + std::to_string(loss.begin) + " to " + std::to_string(loss.end);
+    text += ")";
+  }
+  return text;
 }
 
-class CrashTest : public testing::TestWithParam<int> {};  // world_size
-INSTANTIATE_TEST_SUITE_P(WorldSizes, CrashTest, testing::Values(1, 2, 4));
+// Which states were seen; a state is the tree and what had been promised by then.
+class Seen {
+ public:
+  bool insert(const std::string& state) {
+    const std::lock_guard lock(mutex_);
+    return states_.insert(state).second;
+  }
+  size_t size() const { return states_.size(); }
 
-TEST_P(CrashTest, WhateverAPowerLossLeavesTheAcknowledgedStepOrALaterOneLoads) {
-  google::SetStderrLogging(google::FATAL);
-  const std::vector<Moment> moments = moments_of_saves(GetParam(), /*num_saves=*/4);
-  std::mt19937 random(29);
-  int64_t states = 0;
-  run_local_ranks(1, [&](ProcessGroup& group) {
-    for (size_t moment = 0; moment < moments.size(); ++moment) {
-      for (int outcome = 0; outcome < 24; ++outcome, ++states) {
-        const double keep = outcome == 0       ? 0.0
-                            : outcome == 1     ? 1.0
-                            : outcome % 3 == 0 ? 0.1
-                            : outcome % 3 == 1 ? 0.5
-                                               : 0.9;
-        const auto left = moments[moment].fs->after_power_loss(random, keep);
-        Store store(*left, group, {.run_dir = "/run", .epoch = 2});
-        const auto state = make_state(Cut::kReplicated, 1, 0, 0, /*filled=*/false);
-        const auto progress = store.load_newest(state);
-        const int64_t loaded = progress ? progress->step : 0;
-        ASSERT_GE(loaded, moments[moment].acknowledged) << "call " << moment << " outcome " << outcome;
-        if (progress) {
-          ASSERT_EQ(first_difference(state, 0, static_cast<int>(loaded)), "");
+ private:
+  std::mutex mutex_;
+  std::unordered_set<std::string> states_;
+};
+
+// @return how many different states were loaded.
+size_t load_every_state(const Recording& recording, int64_t stride) {
+  constexpr size_t kThreads = 2;
+  constexpr int kEnough = 5;  // failures that are told
+  Seen seen;
+  std::atomic<int> failures{0};
+  const auto work = [&](ProcessGroup& group, size_t thread) {
+    Survivor survivor(group);
+    for (size_t prefix = 2 + thread; prefix <= recording.fs.num_operations(); prefix += kThreads) {
+      const Mark& mark = recording.mark_at(prefix);
+      const std::string promised =
+          " " + std::to_string(mark.attempted) + " " + std::to_string(mark.durable.size());
+      for_each_loss(recording.fs, prefix, stride, [&](const std::vector<CrashFs::Loss>& losses) {
+        if (failures >= kEnough) return;
+        const auto left = recording.fs.after_power_loss(prefix, losses);
+        if (!seen.insert(left->digest() + promised)) return;
+        std::string wrong;
+        try {
+          wrong = survivor.what_is_wrong(*left, mark);
+        } catch (const std::exception& error) {
+          wrong = error.what();
         }
-        ASSERT_FALSE(has_quarantine(*left)) << "a manifest without its shards, call " << moment;
-        ASSERT_TRUE(store.save(progress_at(9), state)) << "the run cannot go on, call " << moment;
-      }
+        if (wrong.empty()) return;
+        ++failures;
+        ADD_FAILURE() << wrong << "; " << mark.durable.size() << " were durable, step " << mark.attempted
+                      << " was the last begun; " << describe(recording.fs, prefix, losses);
+      });
     }
-  });
-  google::SetStderrLogging(google::ERROR);
-  std::printf("%zu calls, %ld states after a power loss\n", moments.size(), static_cast<long>(states));
+  };
+  std::vector<std::jthread> threads;
+  for (size_t thread = 0; thread < kThreads; ++thread)
+    threads.emplace_back([&, thread] { run_local_ranks(1, [&](ProcessGroup& group) { work(group, thread); }); });
+  threads.clear();
+  return seen.size();
+}
+
+TEST(CrashTest, WhateverAPowerLossLeavesTheAcknowledgedStepOrALaterOneLoads) {
+  const bool is_deep = std::getenv("LOCKSTEP_DEEP") != nullptr;
+  FLAGS_minloglevel = google::FATAL;  // each load says what it cleans up
+  size_t states = 0;
+  for (const int world_size : {1, 2, 4}) {
+    for (const Form form : {Form::kSynchronous, Form::kInBackground}) {
+      Recording recording;
+      record_saves(world_size, form, recording);
+      const int64_t stride = is_deep ? 1 : std::array{4, 16, 64}.at(world_size / 2);
+      const size_t here = load_every_state(recording, stride);
+      std::printf("%d ranks%s: %zu operations, %zu different states after a power loss\n", world_size,
+                  form == Form::kInBackground ? ", in the background" : "", recording.fs.num_operations(), here);
+      states += here;
+    }
+  }
+  FLAGS_minloglevel = google::INFO;
+  EXPECT_GE(states, is_deep ? 1'000'000 : 20'000);
 }
 
 }  // namespace
