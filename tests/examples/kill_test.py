@@ -20,16 +20,7 @@ FLAGS = ["--steps=60", "--checkpoint_interval_steps=3", "--eval_interval_steps=0
 
 
 def ranks_of(run_dir):
-    """Processes of the program itself that train in run_dir (not lockstep, not mpirun)."""
-    found = []
-    for process in pathlib.Path("/proc").iterdir():
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0") if process.name.isdigit() else [b""]
-        except OSError:  # it ended meanwhile
-            continue
-        if pathlib.Path(words[0].decode()).name == "gpt" and f"--run_dir={run_dir}".encode() in words:
-            found.append(int(process.name))
-    return found
+    return runs.processes_of(run_dir, "gpt")  # not lockstep, not mpirun
 
 
 def kill_one(bin_dir, run_dir, flags, delay_s, generator):
@@ -41,7 +32,7 @@ def kill_one(bin_dir, run_dir, flags, delay_s, generator):
     alive = ranks_of(run_dir)
     if alive:
         try:
-            os.kill(generator.choice(sorted(alive)), signal.SIGKILL)
+            os.kill(generator.choice(alive), signal.SIGKILL)
         except ProcessLookupError:
             alive = []
     said = job.communicate(timeout=120)[1]

@@ -50,9 +50,30 @@ def losses(run_dir):
     return [(line["step"], line["loss"]) for line in metrics(run_dir)]
 
 
-def digests(bin_dir, run_dir):
-    """Digests of the newest durable checkpoint: (step, weights, optimizer)."""
-    done = subprocess.run([str(bin_dir / "lockstep"), "inspect", "--json", str(run_dir)], capture_output=True, text=True)
+def events(run_dir):
+    return [json.loads(line) for line in pathlib.Path(run_dir, "ledger.jsonl").read_text().splitlines()]
+
+
+def inspect(bin_dir, path):
+    done = subprocess.run([str(bin_dir / "lockstep"), "inspect", "--json", str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def digests(bin_dir, run_dir):
+    """Digests of the newest durable checkpoint, or of the one named: (step, weights, optimizer)."""
+    answer = inspect(bin_dir, run_dir)
     return answer["step"], answer["weights_digest"], answer["optimizer_digest"]
+
+
+def processes_of(run_dir, program=None):
+    """What runs for run_dir: launcher, mpirun and ranks, or `program` alone."""
+    found = []
+    for process in pathlib.Path("/proc").iterdir():
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0") if process.name.isdigit() else [b""]
+        except OSError:  # it ended meanwhile
+            continue
+        if f"--run_dir={run_dir}".encode() in words and program in (None, pathlib.Path(words[0].decode()).name):
+            found.append(int(process.name))
+    return sorted(found)
