@@ -68,6 +68,7 @@ void rewrite(Fs& fs, const std::string& path, const std::string& text) {
   write_durable(fs, replacement(path), text);
   fs.remove_file(path);
   fs.rename_exclusive(replacement(path), path);
+  fs.sync_directory(path.substr(0, path.rfind('/')));  // else a power loss may bring the old one back
 }
 
 // The whole text of a file of lines, "" when there is none. Ends a replacement that a crash cut short.
@@ -113,7 +114,8 @@ class MetricsFile::Impl {
       if (!json || !json->contains("step") || !json->at("step").is_number_integer()) continue;
       if (json->at("step").get<int64_t>() <= resume_step) kept += line + "\n";
     }
-    if (kept != text) rewrite(fs, path, kept);
+    // Anew in any case: an older start that was superseded and does not know yet has the old file open, at its old end.
+    if (fs.exists(path)) rewrite(fs, path, kept);
     return path;
   }
 
@@ -144,7 +146,6 @@ struct Chain {
   std::string kept;            // its whole lines
   std::string last = "start";  // hash of the last of them
   int64_t events = 0;
-  bool torn = false;  // bytes follow that are no whole line
 };
 
 Chain follow_chain(const std::string& path, const std::string& text) {
@@ -159,7 +160,6 @@ Chain follow_chain(const std::string& path, const std::string& text) {
     chain.last = hash_of(line);
     chain.kept += line + "\n";
   }
-  chain.torn = chain.kept.size() != text.size();
   return chain;
 }
 
@@ -176,11 +176,11 @@ int64_t verify_ledger(Fs& fs, const std::string& path) {
 class Ledger::Impl {
  public:
   Impl(Fs& fs, const std::string& path)
-      : fs_(fs), path_(path), last_(open_chain(/*anew=*/false)), file_(std::make_unique<LineFile>(fs, path)) {}
+      : fs_(fs), path_(path), last_(open_chain()), file_(std::make_unique<LineFile>(fs, path)) {}
 
   void append(const std::string& event, const std::string& fields_json) {
     if (!file_) {  // after a failure nobody knows how much of the line is there, nor whether it will last
-      last_ = open_chain(/*anew=*/true);
+      last_ = open_chain();
       file_ = std::make_unique<LineFile>(fs_, path_);
     }
     nlohmann::ordered_json line = {{"event", event}, {"unix_s", static_cast<int64_t>(std::time(nullptr))}};
@@ -195,10 +195,11 @@ class Ledger::Impl {
   }
 
  private:
-  // A torn last line is cut off: append() had not returned, so its event was never reported.
-  std::string open_chain(bool anew) {
+  // A torn last line is cut off: append() had not returned, so its event was never reported. A file of its own, so that
+  // an older start, which has the one before open, writes no more into it.
+  std::string open_chain() {
     const Chain chain = follow_chain(path_, read_whole(fs_, path_));
-    if (chain.torn || anew) rewrite(fs_, path_, chain.kept);
+    if (fs_.exists(path_)) rewrite(fs_, path_, chain.kept);
     return chain.last;
   }
 

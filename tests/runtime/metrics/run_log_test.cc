@@ -77,6 +77,18 @@ TEST_F(MetricsFileTest, AResumeDropsTheStepsThatComeAgain) {
   EXPECT_THAT(steps_in(path_), ElementsAre(1));
 }
 
+// As after SIGSTOP, --take_over and SIGCONT.
+TEST_F(MetricsFileTest, AnOlderStartThatStillWritesHarmsNoLineOfANewerOne) {
+  MetricsFile older(real_fs(), path_, 0);
+  older.append(1, {{"loss", 1}});
+  older.flush();
+  older.append(2, {{"loss", 0.123456789}});  // waits in memory
+  run(1, 4);
+  older.append(3, {{"loss", 0.1}});
+  older.flush();
+  EXPECT_THAT(steps_in(path_), ElementsAre(1, 2, 3, 4));
+}
+
 TEST_F(MetricsFileTest, LinesThatAreTornOrNoMetricsGo) {
   write_durable(real_fs(), path_,
                 "{\"step\":1}\nrubbish\n[2]\n{\"step\":\"3\"}\n{\"loss\":1}\n{\"step\":2}\n{\"step\":3");
@@ -187,6 +199,19 @@ TEST_F(LedgerTest, AnyChangedByteTakenLineOrPutInLineIsFound) {
   } catch (const CorruptData& error) {
     EXPECT_THAT(error.what(), HasSubstr("line 2"));
   }
+}
+
+TEST_F(LedgerTest, AnOlderStartThatStillWritesBreaksNoChainOfANewerOne) {
+  Ledger older(real_fs(), path_);
+  older.append("start", "{}");
+  {
+    Ledger newer(real_fs(), path_);
+    newer.append("resume", "{}");
+    older.append("durable", R"({"step":7})");
+    newer.append("end", "{}");
+  }
+  older.append("end", "{}");
+  EXPECT_EQ(verify_ledger(real_fs(), path_), 3);
 }
 
 TEST_F(LedgerTest, ATornLastLineIsCutOffAndTheChainGoesOn) {
