@@ -209,9 +209,7 @@ void CrashFs::rename_exclusive(const std::string& from, const std::string& to) {
   if (inodes_[directory].names.contains(to_name)) throw IoError("renaming to", to, EEXIST);
   const auto found = inodes_[directory].names.find(from_name);
   if (found == inodes_[directory].names.end()) throw IoError("renaming", from, ENOENT);
-  record({.kind = Kind::kNames,
-          .inode = directory,
-          .names = {{from_name, std::nullopt}, {to_name, found->second}}});
+  record({.kind = Kind::kNames, .inode = directory, .names = {{from_name, std::nullopt}, {to_name, found->second}}});
 }
 
 void CrashFs::remove_file(const std::string& path) {

@@ -25,8 +25,8 @@ namespace lockstep::checkpoint {
 namespace {
 
 constexpr int64_t kSteps = 6, kKeep = 2;
-// Saves that fail: one whose shard cannot be synced, and one whose MANIFEST stands already, under its own name, when the
-// last sync of all fails.
+// Saves that fail: one whose shard cannot be synced, and one whose MANIFEST stands already, under its own name, when
+// the last sync of all fails.
 constexpr int64_t kNoShard = 3, kNoLastSync = 5;
 
 // Steps whose save had begun, and those that it had called durable, once the log had that many operations.
@@ -78,8 +78,8 @@ void record_saves(int world_size, Form form, Recording& recording) {
     if (durable > 0 && (next.durable.empty() || next.durable.back() != durable)) next.durable.push_back(durable);
     recording.marks.push_back(std::move(next));
   };
-  const std::string bad_shard = "/run/checkpoints/" + format::directory_name(kNoShard, 1) + "/" +
-                                format::shard_name(world_size - 1, world_size);
+  const std::string bad_shard =
+      "/run/checkpoints/" + format::directory_name(kNoShard, 1) + "/" + format::shard_name(world_size - 1, world_size);
   const std::string bad_manifest = "/run/checkpoints/" + format::directory_name(kNoLastSync, 1) + "/MANIFEST";
   bool manifest_stands = false;
   FaultFs faulty(fs, [&](const std::string& kind, const std::string& path, int64_t) {
@@ -187,8 +187,7 @@ size_t load_every_state(const Recording& recording, int64_t stride) {
     Survivor survivor(group);
     for (size_t prefix = 2 + thread; prefix <= recording.fs.num_operations(); prefix += kThreads) {
       const Mark& mark = recording.mark_at(prefix);
-      const std::string promised =
-          " " + std::to_string(mark.attempted) + " " + std::to_string(mark.durable.size());
+      const std::string promised = " " + std::to_string(mark.attempted) + " " + std::to_string(mark.durable.size());
       for_each_loss(recording.fs, prefix, stride, [&](const std::vector<CrashFs::Loss>& losses) {
         if (failures >= kEnough) return;
         const auto left = recording.fs.after_power_loss(prefix, losses);

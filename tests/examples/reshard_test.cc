@@ -42,20 +42,19 @@ std::ostream& operator<<(std::ostream& out, const Layout& layout) {
 
 using ByWorldSize = std::map<int, std::vector<Layout>>;
 
-const ByWorldSize kTierA = {
-    {1, {Layout{}}},
-    {2, {{.data = 2, .zero_stage = 1}, {.pipeline = 2}, {.data = 2, .zero_stage = 3}}},
-    {3, {{.data = 3, .zero_stage = 2}, {.pipeline = 3, .schedule = "gpipe"}, {.data = 3}}},
-    {4,
-     {{.data = 4, .zero_stage = 3},
-      {.data = 2, .pipeline = 2, .zero_stage = 1, .schedule = "interleaved"},
-      {.data = 4, .zero_stage = 2, .zero_shard_size = 2},
-      {.pipeline = 4}}},
-    {8,
-     {{.data = 8, .zero_stage = 3, .zero_shard_size = 4},
-      {.data = 2, .pipeline = 4, .zero_stage = 2},
-      {.data = 8, .zero_stage = 1},
-      {.data = 4, .pipeline = 2, .zero_stage = 3}}}};
+const ByWorldSize kTierA = {{1, {Layout{}}},
+                            {2, {{.data = 2, .zero_stage = 1}, {.pipeline = 2}, {.data = 2, .zero_stage = 3}}},
+                            {3, {{.data = 3, .zero_stage = 2}, {.pipeline = 3, .schedule = "gpipe"}, {.data = 3}}},
+                            {4,
+                             {{.data = 4, .zero_stage = 3},
+                              {.data = 2, .pipeline = 2, .zero_stage = 1, .schedule = "interleaved"},
+                              {.data = 4, .zero_stage = 2, .zero_shard_size = 2},
+                              {.pipeline = 4}}},
+                            {8,
+                             {{.data = 8, .zero_stage = 3, .zero_shard_size = 4},
+                              {.data = 2, .pipeline = 4, .zero_stage = 2},
+                              {.data = 8, .zero_stage = 1},
+                              {.data = 4, .pipeline = 2, .zero_stage = 3}}}};
 
 const ByWorldSize kMixed = {
     {1, {Layout{}}},
