@@ -11,6 +11,8 @@ DEFINE_int64(ffn_width, 0, "width inside the feed-forward part; 0: the family's 
 DEFINE_int64(vocab_size, 256, "token ids are below this; 256 for bytes");
 DEFINE_int64(sequence_length, 256, "tokens a sample");
 DEFINE_bool(tied_head, true, "output weights are the embedding's");
+DEFINE_double(norm_epsilon, 1e-5, "added to the variance in LayerNorm and RMSNorm");
+DEFINE_double(rope_theta, 10000, "llama: base of the rotary angles");
 DEFINE_double(dropout, 0, "probability that an activation is dropped in training");
 DEFINE_int64(experts, 0, "llama: feed-forward parts of a block, of which each token goes to a few; 0: one, dense");
 DEFINE_int64(experts_per_token, 2, "with --experts: how many a token goes to");
@@ -35,6 +37,8 @@ Flags flags() {
                     .sequence_length = FLAGS_sequence_length,
                     .tied_head = FLAGS_tied_head,
                     .dropout = FLAGS_dropout,
+                    .norm_epsilon = FLAGS_norm_epsilon,
+                    .rope_theta = FLAGS_rope_theta,
                     .experts = FLAGS_experts,
                     .experts_per_token = FLAGS_experts_per_token,
                     .moe_aux_weight = FLAGS_moe_aux_weight},

@@ -63,6 +63,10 @@ class LanguageModel : public lockstep::train::Task {
                                      {"kv_heads", c.kv_heads},     {"ffn_width", c.ffn_width},
                                      {"vocab_size", c.vocab_size}, {"sequence_length", c.sequence_length},
                                      {"tied_head", c.tied_head},   {"dropout", c.dropout}};
+    // Where they are the usual ones, runs of before these flags go on.
+    const Config usual;
+    if (c.norm_epsilon != usual.norm_epsilon) config["norm_epsilon"] = c.norm_epsilon;
+    if (c.rope_theta != usual.rope_theta) config["rope_theta"] = c.rope_theta;
     if (c.experts > 0) {
       config["experts"] = c.experts;
       config["experts_per_token"] = c.experts_per_token;

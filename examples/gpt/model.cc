@@ -42,6 +42,7 @@ Config resolve(Config config) {
           "--experts_per_token=" + text(config.experts_per_token) +
               " is not between 1 and --experts=" + text(config.experts));
   require(config.moe_aux_weight >= 0, "--moe_aux_weight must not be negative");
+  require(config.norm_epsilon > 0 && config.rope_theta > 0, "--norm_epsilon and --rope_theta must be positive");
   require(config.dropout >= 0 && config.dropout < 1, "--dropout must be in [0, 1)");
   if (config.ffn_width == 0)
     config.ffn_width = config.family == "gpt2" ? 4 * config.width : (8 * config.width / 3 + 63) / 64 * 64;
@@ -55,17 +56,17 @@ using Batch = std::vector<at::Tensor>;
 // The family's norm.
 class Norm : public torch::nn::Module {
  public:
-  explicit Norm(const Config& config) : is_layer_norm_(config.family == "gpt2") {
+  explicit Norm(const Config& config) : is_layer_norm_(config.family == "gpt2"), epsilon_(config.norm_epsilon) {
     weight_ = register_parameter("weight", at::zeros({config.width}));
     if (is_layer_norm_) bias_ = register_parameter("bias", at::zeros({config.width}));
   }
   at::Tensor forward(const at::Tensor& x) const {
-    return is_layer_norm_ ? nn::layer_norm(x, weight_, bias_, kEpsilon) : nn::rms_norm(x, weight_, kEpsilon);
+    return is_layer_norm_ ? nn::layer_norm(x, weight_, bias_, epsilon_) : nn::rms_norm(x, weight_, epsilon_);
   }
 
  private:
-  static constexpr double kEpsilon = 1e-5;
   bool is_layer_norm_;
+  double epsilon_;
   at::Tensor weight_, bias_;
 };
 

@@ -17,7 +17,9 @@ struct Config {
   int64_t ffn_width = 0;  ///< 0: 4 x width for gpt2, 8/3 x width rounded up to 64 for llama
   int64_t vocab_size = 256, sequence_length = 256;
   bool tied_head = true;
-  double dropout = 0, rope_theta = 10000;
+  double dropout = 0;
+  double norm_epsilon = 1e-5;     ///< of LayerNorm and RMSNorm
+  double rope_theta = 10000;      ///< llama: base of the rotary angles
   int64_t experts = 0;            ///< llama: feed-forward parts that a router chooses from in each block; 0: one, dense
   int64_t experts_per_token = 2;  ///< of them that a token goes to
   double moe_aux_weight = 0.01;   ///< of the loss that balances the experts' load

@@ -1,7 +1,5 @@
 #include <iostream>
 
-#include <unistd.h>
-
 #include <nlohmann/json.hpp>
 
 #include <lockstep/base/error.h>
@@ -25,18 +23,7 @@ const std::vector<Arguments::Flag> kVerifyFlags = {
 std::string one_path(const Arguments& arguments, const char* usage) {
   if (arguments.words().size() != 1 || arguments.has_rest())
     throw ConfigError(std::string("one checkpoint or run is needed: lockstep ") + usage);
-  const std::string& path = arguments.words()[0];
-  return format::resolve_checkpoint(real_fs(),
-                                    path.size() > 1 && path.back() == '/' ? path.substr(0, path.size() - 1) : path);
-}
-
-// A line that counts up while a person waits.
-void show_progress(uint64_t done, uint64_t total) {
-  static uint64_t shown = 0;
-  if (!isatty(STDERR_FILENO) || (done - shown < (64 << 20) && done < total)) return;
-  shown = done;
-  std::cerr << "\r\033[K" << done * 100 / std::max<uint64_t>(total, 1) << " % read" << (done >= total ? "\r\033[K" : "")
-            << std::flush;
+  return format::resolve_checkpoint(real_fs(), without_slash(arguments.words()[0]));
 }
 
 int inspect(const Arguments& arguments) {

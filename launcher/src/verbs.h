@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
@@ -46,6 +47,12 @@ struct Verb {
   int (*run)(const Arguments& arguments);
 };
 
-extern const Verb kRun, kInspect, kVerify, kDoctor;
+extern const Verb kRun, kInspect, kVerify, kImport, kExport, kDoctor;
+
+/// Paths are shown and joined without a slash at their end.
+std::string without_slash(const std::string& path);
+
+/// A line on standard error that counts up while a person waits; nothing where nobody looks.
+void show_progress(uint64_t done_bytes, uint64_t total_bytes);
 
 }  // namespace lockstep::launcher

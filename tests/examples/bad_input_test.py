@@ -40,6 +40,7 @@ def cases(folder):
         ("experts in the other family", [good, "--experts=4"], CONFIG, ["--experts=4", "llama"]),
         ("more choices than experts", [good, "--model=llama", "--experts=2", "--experts_per_token=3"], CONFIG, ["3", "--experts=2"]),
         ("sharing experts that are not there", [good, "--expert_parallel_size=2"], CONFIG, ["--expert_parallel_size=1"]),
+        ("no rotary base", [good, "--model=llama", "--rope_theta=0"], CONFIG, ["--rope_theta"]),
         ("micro-batch that does not divide", [good, "--micro_batch_size=3"], CONFIG, ["8", "3", "Mend", "--global_batch_size=9"]),
         ("fewer micro-batches than ranks", [good, "--micro_batch_size=8", "--data_parallel_size=2"], CONFIG, ["2"]),
         ("sizes that are not the world", [good, "--data_parallel_size=3"], CONFIG, ["3", "--data_parallel_size"]),

@@ -21,12 +21,6 @@ using Json = nlohmann::ordered_json;
 constexpr const char* kMagic = "lockstep-checkpoint";
 constexpr int kVersion = 1;
 
-bool is_plain_name(const std::string& name) {
-  return !name.empty() && name.size() <= 200 && name[0] != '.' &&
-         std::all_of(name.begin(), name.end(),
-                     [](unsigned char c) { return std::isalnum(c) || c == '.' || c == '_' || c == '-'; });
-}
-
 Json parse_ours(const std::string& json, const char* what) {
   Json parsed = json.empty() ? Json::object() : Json::parse(json, nullptr, /*allow_exceptions=*/false);
   LOCKSTEP_CHECK(!parsed.is_discarded()) << what << " is not valid JSON: " << json;
@@ -37,7 +31,7 @@ StoredFile parse_file(const nlohmann::json& json, const std::string& path) {
   StoredFile file{.name = text_of(json, "name", path),
                   .bytes = static_cast<uint64_t>(count_of(json, "bytes", path)),
                   .header_crc = 0};
-  if (!is_plain_name(file.name))
+  if (!is_file_name(file.name))
     throw CorruptData(path + " names a file " + nlohmann::json(file.name).dump() + " that could lie elsewhere");
   const std::string crc = text_of(json, "header_crc32c", path);
   const auto parsed = std::from_chars(crc.data(), crc.data() + crc.size(), file.header_crc, 16);
@@ -92,6 +86,12 @@ bool parse_directory_name(const std::string& name, Candidate& candidate) {
 }
 
 }  // namespace
+
+bool is_file_name(const std::string& name) {
+  return !name.empty() && name.size() <= 200 && name[0] != '.' &&
+         std::all_of(name.begin(), name.end(),
+                     [](unsigned char c) { return std::isalnum(c) || c == '.' || c == '_' || c == '-'; });
+}
 
 std::string encode_manifest(const Manifest& manifest) {
   Json files = Json::array(), tensors = Json::object();

@@ -8,52 +8,73 @@
 #include <lockstep/format/writer.h>
 
 namespace lockstep::format {
-namespace {
 
-std::string header_with(std::vector<TensorEntry>& entries, const std::vector<BoxToWrite>& boxes,
-                        const std::vector<std::string>& crcs) {
+ShardWriter::ShardWriter(Fs& fs, const std::string& path, std::vector<BoxToWrite> boxes)
+    : path_(path), boxes_(std::move(boxes)) {
+  for (const BoxToWrite& box : boxes_) {
+    const auto bytes = static_cast<uint64_t>(box.box.numel() * item_bytes(box.dtype));
+    entries_.push_back({.name = box.key, .dtype = box.dtype, .shape = box.box.sizes, .begin = 0, .end = 0});
+    crcs_.emplace_back(8 * ((bytes + kChunkBytes - 1) / kChunkBytes), '0');
+    data_bytes_ += bytes;
+  }
+  header_bytes_ = header().size();  // checksums have a fixed width, so this is final
+  file_ = fs.create_exclusive(path);
+  file_->allocate(header_bytes_ + data_bytes_);
+}
+
+std::string ShardWriter::header() {
   nlohmann::ordered_json sharding = nlohmann::ordered_json::object(), checksums = nlohmann::ordered_json::object();
-  for (size_t i = 0; i < boxes.size(); ++i) {
-    sharding[boxes[i].key] = {{"saved_offsets", boxes[i].box.offsets}};
-    checksums[boxes[i].key] = crcs[i];
+  for (size_t i = 0; i < boxes_.size(); ++i) {
+    sharding[boxes_[i].key] = {{"saved_offsets", boxes_[i].box.offsets}};
+    checksums[boxes_[i].key] = crcs_[i];
   }
   return encode_header(
-      entries,
+      entries_,
       {{"format", "pt"}, {"DCP_VERSION", "1.0"}, {"DCP_SHARDING_INFO", sharding.dump()}, {kCrcKey, checksums.dump()}});
 }
 
-}  // namespace
+void ShardWriter::append(std::span<const std::byte> bytes) {
+  LOCKSTEP_CHECK(bytes.size() <= data_bytes_ - position_) << "'" << path_ << "' gets more bytes than its tensors have";
+  while (!bytes.empty()) {
+    while (position_ == entries_[tensor_].end) ++tensor_;
+    const uint64_t in_tensor = position_ - entries_[tensor_].begin, in_chunk = in_tensor % kChunkBytes;
+    const auto part = bytes.first(std::min({bytes.size(), kChunkBytes - in_chunk, entries_[tensor_].end - position_}));
+    crc_ = crc32c(part, in_chunk == 0 ? 0 : crc_);
+    crcs_[tensor_].replace(8 * (in_tensor / kChunkBytes), 8, hex8(crc_));
+    file_->write_at(header_bytes_ + position_, part);
+    position_ += part.size();
+    bytes = bytes.subspan(part.size());
+  }
+}
+
+void ShardWriter::finish() {
+  LOCKSTEP_CHECK(position_ == data_bytes_)
+      << "'" << path_ << "' got " << position_ << " bytes of data, its tensors have " << data_bytes_;
+  const std::string text = header();
+  LOCKSTEP_CHECK(text.size() == header_bytes_) << "the header of '" << path_ << "' changed its size";
+  file_->write_at(0, std::as_bytes(std::span(text.data(), text.size())));
+  file_->sync();
+  file_->close();
+}
 
 void write_shard(Fs& fs, const std::string& path, const std::vector<BoxToWrite>& boxes,
                  const ProgressCallback& progress) {
-  std::vector<TensorEntry> entries;
-  std::vector<std::string> crcs;
-  uint64_t data_bytes = 0;
+  uint64_t done = 0, total = 0;
   for (const BoxToWrite& box : boxes) {
     LOCKSTEP_CHECK(box.bytes.size() == static_cast<uint64_t>(box.box.numel() * item_bytes(box.dtype)))
         << "tensor '" << box.key << "' brings " << box.bytes.size() << " bytes for " << box.box.numel() << " elements";
-    entries.push_back({.name = box.key, .dtype = box.dtype, .shape = box.box.sizes, .begin = 0, .end = 0});
-    crcs.emplace_back(8 * ((box.bytes.size() + kChunkBytes - 1) / kChunkBytes), '0');
-    data_bytes += box.bytes.size();
+    total += box.bytes.size();
   }
-  const size_t header_bytes =
-      header_with(entries, boxes, crcs).size();  // checksums have a fixed width, so this is final
-  const auto file = fs.create_exclusive(path);
-  file->allocate(header_bytes + data_bytes);
-  for (size_t i = 0; i < boxes.size(); ++i) {
-    const auto bytes = boxes[i].bytes;
-    for (uint64_t begin = 0; begin < bytes.size(); begin += kChunkBytes) {
-      const auto chunk = bytes.subspan(begin, std::min<uint64_t>(kChunkBytes, bytes.size() - begin));
-      crcs[i].replace(8 * (begin / kChunkBytes), 8, hex8(crc32c(chunk)));
-      file->write_at(header_bytes + entries[i].begin + begin, chunk);
-      if (progress) progress(entries[i].begin + begin + chunk.size(), data_bytes);
+  ShardWriter writer(fs, path, boxes);
+  for (const BoxToWrite& box : boxes) {
+    for (uint64_t begin = 0; begin < box.bytes.size(); begin += kChunkBytes) {
+      const auto chunk = box.bytes.subspan(begin, std::min<uint64_t>(kChunkBytes, box.bytes.size() - begin));
+      writer.append(chunk);
+      done += chunk.size();
+      if (progress) progress(done, total);
     }
   }
-  const std::string header = header_with(entries, boxes, crcs);
-  LOCKSTEP_CHECK(header.size() == header_bytes) << "the header of '" << path << "' changed its size";
-  file->write_at(0, std::as_bytes(std::span(header.data(), header.size())));
-  file->sync();
-  file->close();
+  writer.finish();
 }
 
 StoredFile describe_shard(Fs& fs, const std::string& directory, const std::string& name) {

@@ -46,6 +46,9 @@ inline constexpr const char* kManifestName = "MANIFEST";
 inline constexpr uint64_t kMaxManifestBytes = 64 << 20;
 inline constexpr size_t kMaxTensors = 1'000'000;
 
+/// Whether a name out of a file may be opened in the folder of that file: [A-Za-z0-9._-]{1,200}, no leading dot.
+bool is_file_name(const std::string& name);
+
 /// @throws CheckFailed config_json or record_json is no JSON.
 std::string encode_manifest(const Manifest& manifest);
 /// @throws CorruptData checksum, syntax, limits, a file name that could leave the folder, boxes that do not tile their

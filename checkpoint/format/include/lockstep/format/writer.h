@@ -1,5 +1,6 @@
 #pragma once
 
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -8,6 +9,7 @@
 #include <lockstep/format/box.h>
 #include <lockstep/format/manifest.h>
 #include <lockstep/format/progress.h>
+#include <lockstep/format/tensor_file.h>
 
 namespace lockstep::format {
 
@@ -25,6 +27,30 @@ struct BoxToWrite {
 /// CheckFailed: bytes that do not fit their box.
 void write_shard(Fs& fs, const std::string& path, const std::vector<BoxToWrite>& boxes,
                  const ProgressCallback& progress = {});
+
+/// The same file from bytes that come in its order, a stretch at a time: for tensors that need not lie in memory
+/// together.
+class ShardWriter {
+ public:
+  /// Reserves the space. @param boxes in the order of their data; their `bytes` are not looked at. @throws IoError.
+  ShardWriter(Fs& fs, const std::string& path, std::vector<BoxToWrite> boxes);
+  /// The next bytes of the data; a stretch may end within a tensor or go on into the next. @throws IoError.
+  void append(std::span<const std::byte> bytes);
+  /// Header, fdatasync, close. @throws IoError; CheckFailed when bytes are missing.
+  void finish();
+
+ private:
+  std::string header();
+
+  std::string path_;
+  std::vector<BoxToWrite> boxes_;
+  std::vector<TensorEntry> entries_;
+  std::vector<std::string> crcs_;  // by tensor: 8 hex digits a chunk
+  uint64_t header_bytes_ = 0, data_bytes_ = 0, position_ = 0;
+  size_t tensor_ = 0;  // that `position_` lies in
+  uint32_t crc_ = 0;   // of the chunk so far
+  std::unique_ptr<File> file_;
+};
 
 /// A shard as a manifest lists it, from opening the finished file anew and parsing its header. @throws CorruptData,
 /// IoError.
