@@ -8,6 +8,7 @@
 #include <mpi.h>
 
 #include <lockstep/base/error.h>
+#include <lockstep/base/fs.h>
 #include <lockstep/base/log.h>
 #include <lockstep/collectives/arithmetic.h>
 #include <lockstep/collectives/local_group.h>
@@ -143,7 +144,8 @@ Runtime::Runtime(RankInfo info, at::Device device, std::unique_ptr<ProcessGroup>
 Runtime::~Runtime() = default;
 
 int run_rank(const RuntimeOptions& options, const std::function<int(Runtime&)>& body) {
-  install_stop_handlers();  // first: a signal before this would kill the rank
+  install_stop_handlers();        // first: a signal before this would kill the rank
+  share_new_files(Share::kNone);  // before MPI and the log make files
   std::unique_ptr<Runtime> runtime;
   int rank = 0;
   try {

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <lockstep/base/error.h>
+#include <lockstep/base/fs.h>
 
 #include "job.h"
 #include "machine.h"
@@ -84,6 +85,7 @@ int run(const Arguments& arguments) {
   const Job job = plan(arguments, ranks);
   if (!arguments.has("n")) std::cerr << "lockstep: " << ranks << " ranks, one a core; -n chooses" << std::endl;
   set_default("OMP_NUM_THREADS", "1");
+  share_new_files(Share::kNone);  // mpirun's files too
   if (job.under_mpirun) {
     prepare_environment(ranks, cores);
   } else {

@@ -82,10 +82,28 @@ class FaultFile : public File {
   }
 
   uint64_t size() const override { return real_->size(); }
+  uint32_t owner() const override { return real_->owner(); }
 
  private:
   std::shared_ptr<FaultFs::State> state_;
   std::unique_ptr<File> real_;
+  std::string path_;
+};
+
+class FaultFolder : public Folder {
+ public:
+  FaultFolder(std::shared_ptr<FaultFs::State> state, std::unique_ptr<Folder> real, std::string path)
+      : state_(std::move(state)), real_(std::move(real)), path_(std::move(path)) {}
+
+  std::unique_ptr<File> open_read(const std::string& name) override {
+    const std::string path = path_ + "/" + name;
+    state_->before("open", path);
+    return std::make_unique<FaultFile>(state_, real_->open_read(name), path);
+  }
+
+ private:
+  std::shared_ptr<FaultFs::State> state_;
+  std::unique_ptr<Folder> real_;
   std::string path_;
 };
 
@@ -135,6 +153,11 @@ void FaultFs::remove_directory(const std::string& path) {
 std::vector<std::string> FaultFs::list_directory(const std::string& path) {
   state_->before("list", path);
   return state_->real().list_directory(path);
+}
+
+std::unique_ptr<Folder> FaultFs::open_folder(const std::string& path) {
+  state_->before("open", path);
+  return std::make_unique<FaultFolder>(state_, state_->real().open_folder(path), path);
 }
 
 bool FaultFs::exists(const std::string& path) { return state_->real().exists(path); }

@@ -33,7 +33,7 @@ void start_logging(const char* program, int rank, int world_size, const std::str
   FLAGS_logtostderr = log_dir.empty();
   FLAGS_stderrthreshold = 0;
   FLAGS_logbuflevel = -1;                  // what a rank said last is what one wants to read after it was killed
-  FLAGS_logfile_mode = 0600;               // glog's default lets every user of the node read
+  FLAGS_logfile_mode = 0640;               // less the umask; glog's default lets every user of the node read
   FLAGS_stop_logging_if_full_disk = true;  // a full log disk must not end training
   FLAGS_max_log_size = 256;                // MB
   if (!log_dir.empty()) log_to_file(program, rank, log_dir);

@@ -4,7 +4,9 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <linux/openat2.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <lockstep/base/error.h>
@@ -69,14 +71,74 @@ class RealFile : public File {
     if (::close(fd_.release()) != 0) fail("closing", path_);  // not retried on EINTR: Linux has closed it by then
   }
 
-  uint64_t size() const override {
+  uint64_t size() const override { return static_cast<uint64_t>(status().st_size); }
+  uint32_t owner() const override { return status().st_uid; }
+
+ private:
+  struct stat status() const {
     struct stat status {};
-    if (::fstat(fd_.get(), &status) != 0) fail("sizing", path_);
-    return static_cast<uint64_t>(status.st_size);
+    if (::fstat(fd_.get(), &status) != 0) fail("looking at", path_);
+    return status;
+  }
+
+  UniqueFd fd_;
+  std::string path_;
+};
+
+void check_regular(const struct stat& status, const std::string& path) {
+  if (S_ISLNK(status.st_mode)) throw IoError("opening a link,", path, ELOOP);
+  if (!S_ISREG(status.st_mode)) throw IoError("opening something that is no regular file,", path, EINVAL);
+}
+
+// Opens `name` of folder `at` for reading, never through a link in its last part. O_NONBLOCK: a FIFO would wait for
+// its writer.
+int open_in(int at, const std::string& name) {
+  constexpr int kFlags = O_RDONLY | O_NONBLOCK | O_NOCTTY | O_NOFOLLOW | O_CLOEXEC;
+  if (at == AT_FDCWD) return ::openat(at, name.c_str(), kFlags);
+  const open_how how{.flags = kFlags, .mode = 0, .resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS};
+  const auto fd = static_cast<int>(::syscall(SYS_openat2, at, name.c_str(), &how, sizeof(how)));
+  if (fd >= 0 || (errno != ENOSYS && errno != EPERM)) return fd;
+  return ::openat(at, name.c_str(),
+                  kFlags);  // before Linux 5.6, or in a sandbox; the name has one part, so it is enough
+}
+
+// Looked at before opening, because opening some devices does something, and after it, because the name may lead to
+// something else by then.
+std::unique_ptr<File> open_regular(int at, const std::string& name, const std::string& path) {
+  struct stat status {};
+  if (::fstatat(at, name.c_str(), &status, AT_SYMLINK_NOFOLLOW) != 0) fail("opening", path);
+  check_regular(status, path);
+  UniqueFd fd(uninterrupted([&] { return open_in(at, name); }));
+  if (!fd) fail("opening", path);
+  if (::fstat(fd.get(), &status) != 0) fail("looking at", path);
+  check_regular(status, path);
+  return std::make_unique<RealFile>(std::move(fd), path);
+}
+
+class RealFolder : public Folder {
+ public:
+  RealFolder(UniqueFd fd, std::string path) : fd_(std::move(fd)), path_(std::move(path)) {}
+
+  std::unique_ptr<File> open_read(const std::string& name) override {
+    const std::string path = path_ + "/" + name;
+    if (name.empty() || name == "." || name == ".." || name.find('/') != std::string::npos)
+      throw IoError("opening what is no name in its folder,", path, EINVAL);
+    return open_regular(fd_.get(), name, path);
   }
 
  private:
   UniqueFd fd_;
+  std::string path_;
+};
+
+// Of file systems that have no folders to hold open.
+class FolderByPath : public Folder {
+ public:
+  FolderByPath(Fs& fs, std::string path) : fs_(fs), path_(std::move(path)) {}
+  std::unique_ptr<File> open_read(const std::string& name) override { return fs_.open_read(path_ + "/" + name); }
+
+ private:
+  Fs& fs_;
   std::string path_;
 };
 
@@ -92,13 +154,12 @@ class RealFs : public Fs {
     return open_file(path, O_RDWR | O_CREAT | O_EXCL, mode, "creating");
   }
 
-  std::unique_ptr<File> open_read(const std::string& path) override {
-    struct stat status {};
-    if (::lstat(path.c_str(), &status) != 0) fail("opening", path);
-    // Looked at before opening, because opening some devices does something; O_NONBLOCK, because the name may have
-    // become a FIFO since, which would wait for its writer.
-    if (!S_ISREG(status.st_mode)) throw IoError("opening something that is no regular file,", path, EINVAL);
-    return open_file(path, O_RDONLY | O_NONBLOCK, 0, "opening");
+  std::unique_ptr<File> open_read(const std::string& path) override { return open_regular(AT_FDCWD, path, path); }
+
+  std::unique_ptr<Folder> open_folder(const std::string& path) override {
+    UniqueFd fd(uninterrupted([&] { return ::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); }));
+    if (!fd) fail("opening directory", path);
+    return std::make_unique<RealFolder>(std::move(fd), path);
   }
 
   std::unique_ptr<File> open_append(const std::string& path, int mode) override {
@@ -161,6 +222,12 @@ std::string parent_of(const std::string& path) {
 
 }  // namespace
 
+uint32_t File::owner() const { return ::geteuid(); }
+
+std::unique_ptr<Folder> Fs::open_folder(const std::string& path) { return std::make_unique<FolderByPath>(*this, path); }
+
+void share_new_files(Share share) { ::umask(share == Share::kGroup ? 0027 : 0077); }
+
 Fs& real_fs() {
   static RealFs fs;
   return fs;
@@ -179,15 +246,18 @@ void make_directories(Fs& fs, const std::string& path, int mode) {
   fs.sync_directory(parent);
 }
 
-std::string read_text(Fs& fs, const std::string& path, uint64_t limit_bytes) {
-  const auto file = fs.open_read(path);
-  const uint64_t size = file->size();
+std::string read_all(const File& file, const std::string& path, uint64_t limit_bytes) {
+  const uint64_t size = file.size();
   if (size > limit_bytes)
     throw CorruptData("'" + path + "' has " + std::to_string(size) + " bytes, more than the " +
                       std::to_string(limit_bytes) + " it may have");
   std::string text(size, '\0');
-  file->read_at(0, std::as_writable_bytes(std::span(text.data(), text.size())));
+  file.read_at(0, std::as_writable_bytes(std::span(text.data(), text.size())));
   return text;
+}
+
+std::string read_text(Fs& fs, const std::string& path, uint64_t limit_bytes) {
+  return read_all(*fs.open_read(path), path, limit_bytes);
 }
 
 void write_durable(Fs& fs, const std::string& path, const std::string& text, int mode) {

@@ -2,15 +2,21 @@
 #undef _FORTIFY_SOURCE  // its inline pread would be a second definition
 #include <atomic>
 #include <cerrno>
+#include <cstdarg>
 #include <cstdint>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
+#include <functional>
 #include <thread>
+#include <utility>
 #include <vector>
 
+#include <dlfcn.h>
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <unistd.h>
 
 #include <gmock/gmock.h>
@@ -25,6 +31,8 @@ namespace {
 
 std::atomic<bool> g_hostile_io{false}, g_no_exclusive_rename{false};
 std::atomic<int> g_io_calls{0};
+std::function<void()> g_after_look;  // called once between looking at a file and opening it
+std::atomic<int> g_no_openat2{0};    // the errno it fails with
 
 // Every other call is interrupted, and no call moves more than 3 bytes.
 bool interrupted() {
@@ -45,6 +53,22 @@ ssize_t pread(int fd, void* data, size_t n, off_t offset) {
   return interrupted() ? -1 : syscall(SYS_pread64, fd, data, shortened(n), offset);
 }
 int fdatasync(int fd) { return interrupted() ? -1 : static_cast<int>(syscall(SYS_fdatasync, fd)); }
+int fstatat(int at, const char* path, struct stat* status, int flags) noexcept {
+  const long result = syscall(SYS_newfstatat, at, path, status, flags);
+  if (const auto then = std::exchange(g_after_look, nullptr)) then();
+  return static_cast<int>(result);
+}
+// The wrapper that libraries reach openat2 through.
+long syscall(long number, ...) noexcept {
+  va_list list;
+  va_start(list, number);
+  long a[6];
+  for (long& argument : a) argument = va_arg(list, long);
+  va_end(list);
+  if (number == SYS_openat2 && g_no_openat2 != 0) return errno = g_no_openat2, -1;
+  static const auto real_syscall = reinterpret_cast<long (*)(long, ...)>(dlsym(RTLD_NEXT, "syscall"));
+  return real_syscall(number, a[0], a[1], a[2], a[3], a[4], a[5]);
+}
 int renameat2(int from_dir, const char* from, int to_dir, const char* to, unsigned flags) noexcept {
   if (g_no_exclusive_rename) return errno = EINVAL, -1;
   return static_cast<int>(syscall(SYS_renameat2, from_dir, from, to_dir, to, flags));
@@ -76,7 +100,12 @@ unsigned mode_of(const std::string& path) {
 
 class FsTest : public testing::Test {
  protected:
-  void TearDown() override { g_hostile_io = g_no_exclusive_rename = false; }
+  void SetUp() override { share_new_files(Share::kNone); }
+  void TearDown() override {
+    g_hostile_io = g_no_exclusive_rename = false;
+    g_after_look = nullptr;
+    g_no_openat2 = 0;
+  }
 
   void write(const std::string& name, const std::string& text) { write_durable(fs_, dir_ / name, text); }
   std::string read(const std::string& name) { return read_text(fs_, dir_ / name, 1 << 20); }
@@ -148,6 +177,100 @@ TEST_F(FsTest, LinksAreNotFollowedAndOnlyRegularFilesAreRead) {
   EXPECT_NE(error_of([&] { fs_.open_read(dir_ / "fifo"); }), 0) << "and does not wait for a writer";
   EXPECT_NE(error_of([&] { fs_.open_read(dir_.path()); }), 0);
   EXPECT_EQ(error_of([&] { fs_.open_read(dir_ / "absent"); }), ENOENT);
+}
+
+// Names of an open folder: what a checkpoint's manifest may say, at its worst.
+class FolderTest : public FsTest, public testing::WithParamInterface<int> {
+ protected:
+  void SetUp() override {
+    FsTest::SetUp();
+    make_directories(fs_, dir_ / "inside");
+    write("inside/shard", "shard");
+    write("outside", "outside");
+    g_no_openat2 = GetParam();
+  }
+  int error_of_opening(const std::string& name) {
+    return error_of([&] { fs_.open_folder(dir_ / "inside")->open_read(name); });
+  }
+  std::string inside(const std::string& name) { return dir_ / "inside/" + name; }
+};
+
+TEST_P(FolderTest, OnlyNamesOfTheFolderItselfAreOpened) {
+  EXPECT_EQ(error_of_opening("shard"), 0);
+  for (const std::string& name :
+       {std::string("../outside"), dir_ / "outside", std::string("./shard"), std::string(".."), std::string("."),
+        std::string(""), std::string("shard/"), std::string("/")})
+    EXPECT_EQ(error_of_opening(name), EINVAL) << name;
+  EXPECT_EQ(error_of_opening("absent"), ENOENT);
+}
+
+TEST_P(FolderTest, LinksFifosFoldersSocketsAndDevicesAreRefusedAtOnce) {
+  ASSERT_EQ(::symlink("../outside", inside("link").c_str()), 0);
+  ASSERT_EQ(::symlink("shard", inside("link_inside").c_str()), 0);
+  ASSERT_EQ(::mkfifo(inside("fifo").c_str(), 0600), 0);
+  ASSERT_EQ(::mkdir(inside("folder").c_str(), 0700), 0);
+  ASSERT_EQ(::mknod(inside("socket").c_str(), S_IFSOCK | 0600, 0), 0);
+  EXPECT_EQ(error_of_opening("link"), ELOOP);
+  EXPECT_EQ(error_of_opening("link_inside"), ELOOP);
+  for (const char* name : {"fifo", "folder", "socket"}) EXPECT_EQ(error_of_opening(name), EINVAL) << name;
+  if (::mknod(inside("zero").c_str(), S_IFCHR | 0600, makedev(1, 5)) == 0) {
+    EXPECT_EQ(error_of_opening("zero"), EINVAL);
+  } else {
+    EXPECT_NE(::geteuid(), 0U) << "only root makes devices";
+  }
+}
+
+TEST_P(FolderTest, AnExchangeBetweenLookingAndOpeningIsFound) {
+  const std::pair<const char*, std::function<int()>> exchanges[] = {
+      {"a link to elsewhere", [&] { return ::symlink("../outside", inside("shard").c_str()); }},
+      {"a FIFO", [&] { return ::mkfifo(inside("shard").c_str(), 0600); }},
+      {"a folder", [&] { return ::mkdir(inside("shard").c_str(), 0700); }},
+  };
+  for (const auto& [what, make] : exchanges) {
+    std::filesystem::remove(inside("shard"));
+    write("inside/shard", "shard");
+    bool exchanged = false;
+    g_after_look = [&] {
+      std::filesystem::remove(inside("shard"));
+      exchanged = make() == 0;
+    };
+    const int error = error_of_opening("shard");
+    EXPECT_TRUE(exchanged) << what;
+    EXPECT_TRUE(error == ELOOP || error == EINVAL) << what << ": errno " << error;
+  }
+}
+
+TEST_P(FolderTest, StaysTheFolderThatWasOpenedWhateverItsPathLeadsTo) {
+  const auto folder = fs_.open_folder(dir_ / "inside");
+  ASSERT_EQ(::rename((dir_ / "inside").c_str(), (dir_ / "moved").c_str()), 0);
+  make_directories(fs_, dir_ / "inside");
+  write("inside/shard", "of another");
+  const auto file = folder->open_read("shard");
+  EXPECT_EQ(read_all(*file, "shard", 100), "shard");
+}
+
+// openat2 came with Linux 5.6, and sandboxes refuse it.
+INSTANTIATE_TEST_SUITE_P(WithAndWithoutOpenat2, FolderTest, testing::Values(0, ENOSYS, EPERM));
+
+TEST_F(FsTest, AFileKnowsItsOwner) {
+  write("x", "");
+  EXPECT_EQ(fs_.open_read(dir_ / "x")->owner(), ::geteuid());
+  if (::geteuid() != 0) GTEST_SKIP() << "only root gives files away";
+  ASSERT_EQ(::chown((dir_ / "x").c_str(), 65534, 65534), 0);
+  EXPECT_EQ(fs_.open_read(dir_ / "x")->owner(), 65534U);
+}
+
+TEST_F(FsTest, TheGroupReadsWhatIsSharedAndNobodyElseAnything) {
+  share_new_files(Share::kGroup);
+  write("x", "");
+  make_directories(fs_, dir_ / "a");
+  EXPECT_EQ(mode_of(dir_ / "x"), 0640U);
+  EXPECT_EQ(mode_of(dir_ / "a"), 0750U);
+  share_new_files(Share::kNone);
+  write("y", "");
+  make_directories(fs_, dir_ / "b");
+  EXPECT_EQ(mode_of(dir_ / "y"), 0600U);
+  EXPECT_EQ(mode_of(dir_ / "b"), 0700U);
 }
 
 TEST_F(FsTest, AppendingGoesOnWithWhatIsThere) {

@@ -10,6 +10,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <lockstep/base/fs.h>
 #include <lockstep/base/log.h>
 
 #include "temp_dir.h"
@@ -47,6 +48,7 @@ TEST_F(LogDeathTest, ARankHasOneFileThatOnlyItsOwnerReads) {
   ASSERT_EQ(setenv("LOG_TEST_DIR", folder.c_str(), 1), 0);
   EXPECT_EXIT(
       {
+        share_new_files(Share::kNone);
         start_logging("/opt/bin/trainer", 3, 8, folder);
         LOG(INFO) << "step 1";
         LOG(ERROR) << "lost a peer";

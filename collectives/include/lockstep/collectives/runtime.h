@@ -34,7 +34,8 @@ class Runtime {
 
 /// The body of every main(): starts MPI (or not, when alone), logging and the back end, runs `body`, and ends so that
 /// no rank dies alone: any exception logs one ERROR, aborts communicators and calls MPI_Abort with the error's exit
-/// code. Only the healthy path finalizes MPI. Installs SIGUSR1/SIGTERM handlers first thing (see stop_requested). Call
+/// code. Only the healthy path finalizes MPI. Installs SIGUSR1/SIGTERM handlers first thing (see stop_requested) and
+/// sets the umask to 077. Call
 /// after flags are parsed; a ConfigError thrown by `body` on every rank is logged once, by rank 0. Preempted, which all
 /// ranks throw alike, is no failure: it ends like the healthy path, with its own exit code.
 /// @return the process's exit code.

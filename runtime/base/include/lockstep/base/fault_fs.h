@@ -26,8 +26,8 @@ class FaultFs : public Fs {
   /// @param decide called before each operation, one at a time, with its kind ("open", "write", "read", "sync",
   /// "close",
   ///               "rename", "mkdir", "rmdir", "unlink", "allocate", "sync_directory", "list"), its path (for a rename
-  ///               the new one) and the number of operations before it. exists() and size() change nothing and are not
-  ///               asked.
+  ///               the new one) and the number of operations before it. exists(), size() and owner() change nothing and
+  ///               are not asked.
   using Decide = std::function<Fault(const std::string& kind, const std::string& path, int64_t call)>;
   FaultFs(Fs& real, Decide decide);
   FaultFs(const FaultFs&) = delete;
@@ -47,6 +47,7 @@ class FaultFs : public Fs {
   void remove_directory(const std::string& path) override;
   std::vector<std::string> list_directory(const std::string& path) override;
   bool exists(const std::string& path) override;
+  std::unique_ptr<Folder> open_folder(const std::string& path) override;
 
   class State;
 

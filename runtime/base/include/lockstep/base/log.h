@@ -10,8 +10,8 @@
 namespace lockstep {
 
 /// Starts logging to stderr; with `log_dir`, a folder that is there, also to <program>.rank<r>.<time>.<pid> in it, mode
-/// 0600. A line reads "W 14:03:07.120 [rank 3/8] trainer.cc:41] text". From main, before other threads log; a second
-/// call gives the folder when it is there only later.
+/// 0640 less the umask (share_new_files()). A line reads "W 14:03:07.120 [rank 3/8] trainer.cc:41] text". From main,
+/// before other threads log; a second call gives the folder when it is there only later.
 void start_logging(const char* program, int rank, int world_size, const std::string& log_dir = "");
 
 }  // namespace lockstep
