@@ -80,10 +80,15 @@ Verdict Store::read(const std::string& path, const std::vector<StateTensor>& sta
   for (const StateTensor& tensor : state) {
     if (!weights_only || format::is_weights_section(tensor.section)) wanted.push_back(&tensor);
   }
+  const format::Trust trust = options_.trust_foreign ? format::Trust::kAny : format::Trust::kOwn;
   const Verdict opened =
-      attempt(world_, doing, options_.timeout, [&] { reader = std::make_unique<format::Reader>(fs_, path); });
+      attempt(world_, doing, options_.timeout, [&] { reader = std::make_unique<format::Reader>(fs_, path, trust); });
   if (opened.outcome != Outcome::kDone) return opened;
   const format::Manifest& manifest = reader->manifest();
+  if (reader->is_foreign() && world_.rank() == 0) {
+    LOG(WARNING) << "'" << path << "' belongs to " << reader->owner_name() << ": step " << manifest.step << ", epoch "
+                 << manifest.epoch << ", digest of its MANIFEST " << reader->manifest_digest();
+  }
   if (const std::string text = difference(manifest, wanted); !text.empty()) {
     throw ConfigError("the model does not fit the checkpoint '" + path + "':" + text +
                       "\nMend: start with the flags it was trained with");

@@ -12,7 +12,7 @@ namespace lockstep {
 /// A fresh folder that is gone when the test ends.
 class TempDir {
  public:
-  TempDir() : path_(testing::TempDir() + "/lockstep_checkpoint_XXXXXX") {
+  explicit TempDir(const std::string& parent = testing::TempDir()) : path_(parent + "/lockstep_checkpoint_XXXXXX") {
     if (mkdtemp(path_.data()) == nullptr) throw std::runtime_error("no temporary folder at " + path_);
   }
   TempDir(const TempDir&) = delete;

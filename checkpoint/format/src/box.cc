@@ -1,13 +1,13 @@
 #include <algorithm>
-#include <map>
 #include <numeric>
+#include <span>
 
 #include <lockstep/format/box.h>
 
 namespace lockstep {
 namespace {
 
-constexpr size_t kMaxCorners = size_t{1} << 20;  // some 100 MB; a made-up manifest gets no further
+constexpr size_t kMaxCornerNumbers = size_t{1} << 21;  // 16 MiB; a made-up manifest gets no further
 
 bool is_inside(const Box& box, const std::vector<int64_t>& shape) {
   if (box.offsets.size() != shape.size() || box.sizes.size() != shape.size()) return false;
@@ -18,22 +18,44 @@ bool is_inside(const Box& box, const std::vector<int64_t>& shape) {
   return true;
 }
 
+// Signed points, `num_dims` coordinates each, one after another.
+struct Corners {
+  size_t num_dims = 0;
+  std::vector<int64_t> coordinates;
+  std::vector<int8_t> signs;
+  std::span<const int64_t> operator[](size_t i) const { return std::span(coordinates).subspan(i * num_dims, num_dims); }
+};
+
 // Adds the signed corners of a box: what is left of its indicator function after one derivative along each cut dim.
-void add_corners(const Box& box, const std::vector<size_t>& cut_dims, int64_t sign,
-                 std::map<std::vector<int64_t>, int64_t>& corners) {
-  std::vector<int64_t> corner(cut_dims.size());
+void add_corners(const Box& box, const std::vector<size_t>& cut_dims, int8_t sign, Corners& corners) {
   for (size_t bits = 0; bits < size_t{1} << cut_dims.size(); ++bits) {
-    int64_t parity = sign;
+    int8_t parity = sign;
     for (size_t i = 0; i < cut_dims.size(); ++i) {
       const size_t d = cut_dims[i];
       const bool far = (bits >> i & 1) != 0;
-      corner[i] = box.offsets[d] + (far ? box.sizes[d] : 0);
-      if (far) parity = -parity;
+      corners.coordinates.push_back(box.offsets[d] + (far ? box.sizes[d] : 0));
+      if (far) parity = static_cast<int8_t>(-parity);
     }
-    const auto place = corners.try_emplace(corner, 0).first;
-    place->second += parity;
-    if (place->second == 0) corners.erase(place);
+    corners.signs.push_back(parity);
   }
+}
+
+// Whether the signs at each point sum to nothing.
+bool cancel(const Corners& corners) {
+  std::vector<uint32_t> order(corners.signs.size());
+  std::iota(order.begin(), order.end(), 0U);
+  const auto compare = [&](uint32_t a, uint32_t b) {
+    return std::ranges::lexicographical_compare(corners[a], corners[b]);
+  };
+  std::sort(order.begin(), order.end(), compare);
+  int64_t sum = 0;
+  for (size_t i = 0; i < order.size(); ++i) {
+    if (i > 0 && compare(order[i - 1], order[i])) {
+      if (sum != 0) return false;
+    }
+    sum += corners.signs[order[i]];
+  }
+  return sum == 0;
 }
 
 }  // namespace
@@ -54,24 +76,34 @@ Box intersection(const Box& a, const Box& b) {
 
 // Boxes tile the whole exactly when their indicator functions sum to the whole's, which is when the derivatives along
 // all dims agree; those are signed points at the corners. Dims that no box cuts contribute the same factor to all.
-bool tiles(const std::vector<Box>& boxes, const std::vector<int64_t>& shape) {
+bool point_to_tiles(const std::vector<const Box*>& boxes, const std::vector<int64_t>& shape) {
   const Box whole = Box::whole(shape);
-  std::vector<const Box*> filled;
-  for (const Box& box : boxes) {
-    if (!is_inside(box, shape)) return false;
-    if (box.numel() > 0) filled.push_back(&box);
-  }
-  if (whole.numel() == 0 || filled.empty()) return whole.numel() == 0 && filled.empty();
+  const auto is_filled = [](const Box* box) { return box->numel() > 0; };
+  if (!std::all_of(boxes.begin(), boxes.end(), [&](const Box* box) { return is_inside(*box, shape); })) return false;
+  const auto num_filled = static_cast<size_t>(std::count_if(boxes.begin(), boxes.end(), is_filled));
+  if (whole.numel() == 0 || num_filled == 0) return whole.numel() == 0 && num_filled == 0;
   std::vector<size_t> cut_dims;
   for (size_t d = 0; d < shape.size(); ++d) {
-    if (std::any_of(filled.begin(), filled.end(), [&](const Box* box) { return box->sizes[d] != shape[d]; }))
-      cut_dims.push_back(d);
+    const auto is_cut = [&](const Box* box) { return is_filled(box) && box->sizes[d] != shape[d]; };
+    if (std::any_of(boxes.begin(), boxes.end(), is_cut)) cut_dims.push_back(d);
   }
-  if (filled.size() > kMaxCorners >> cut_dims.size()) return false;
-  std::map<std::vector<int64_t>, int64_t> corners;
+  const size_t num_dims = std::max<size_t>(cut_dims.size(), 1);
+  if (num_filled + 1 > (kMaxCornerNumbers / num_dims) >> cut_dims.size()) return false;
+  Corners corners{.num_dims = cut_dims.size()};
+  corners.coordinates.reserve((num_filled + 1) * cut_dims.size() << cut_dims.size());
+  corners.signs.reserve((num_filled + 1) << cut_dims.size());
   add_corners(whole, cut_dims, -1, corners);
-  for (const Box* box : filled) add_corners(*box, cut_dims, +1, corners);
-  return corners.empty();
+  for (const Box* box : boxes) {
+    if (is_filled(box)) add_corners(*box, cut_dims, +1, corners);
+  }
+  return cancel(corners);
+}
+
+bool tiles(const std::vector<Box>& boxes, const std::vector<int64_t>& shape) {
+  std::vector<const Box*> pointers;
+  pointers.reserve(boxes.size());
+  for (const Box& box : boxes) pointers.push_back(&box);
+  return point_to_tiles(pointers, shape);
 }
 
 void for_each_run(const Box& part, const Box& from, const Box& to,

@@ -3,7 +3,9 @@
 #include <charconv>
 #include <cinttypes>
 #include <cstdio>
+#include <optional>
 #include <set>
+#include <span>
 #include <tuple>
 
 #include <lockstep/base/error.h>
@@ -11,6 +13,7 @@
 #include <lockstep/format/manifest.h>
 #include <lockstep/format/tensor_file.h>
 
+#include "json_reader.h"
 #include "strict_json.h"
 
 namespace lockstep::format {
@@ -20,6 +23,24 @@ using Json = nlohmann::ordered_json;
 
 constexpr const char* kMagic = "lockstep-checkpoint";
 constexpr int kVersion = 1;
+constexpr const char* kMembers[] = {"format",      "version", "step",   "epoch", "samples", "world_size",
+                                    "parent_step", "config",  "record", "data",  "files",   "tensors"};
+constexpr size_t kMaxSettingsBytes = size_t{1} << 20;  // of config and of record
+constexpr size_t kMaxFingerprintBytes = 1024;
+constexpr size_t kMaxWordBytes = 80;  // of dtypes and the format's name, which are shorter
+
+std::optional<uint32_t> parse_hex8(std::string_view text) {
+  uint32_t value = 0;
+  const auto parsed = std::from_chars(text.data(), text.data() + text.size(), value, 16);
+  const bool is_whole = text.size() == 8 && parsed.ec == std::errc() && parsed.ptr == text.data() + 8;
+  return is_whole ? std::optional(value) : std::nullopt;
+}
+
+std::string parse_fingerprint(JsonReader& json) {
+  const std::string_view text = json.read_text();
+  if (text.size() > kMaxFingerprintBytes) json.fail("has more than " + std::to_string(kMaxFingerprintBytes) + " bytes");
+  return std::string(text);
+}
 
 Json parse_ours(const std::string& json, const char* what) {
   Json parsed = json.empty() ? Json::object() : Json::parse(json, nullptr, /*allow_exceptions=*/false);
@@ -27,49 +48,153 @@ Json parse_ours(const std::string& json, const char* what) {
   return parsed;
 }
 
-StoredFile parse_file(const nlohmann::json& json, const std::string& path) {
-  StoredFile file{.name = text_of(json, "name", path),
-                  .bytes = static_cast<uint64_t>(count_of(json, "bytes", path)),
-                  .header_crc = 0};
-  if (!is_file_name(file.name))
-    throw CorruptData(path + " names a file " + nlohmann::json(file.name).dump() + " that could lie elsewhere");
-  const std::string crc = text_of(json, "header_crc32c", path);
-  const auto parsed = std::from_chars(crc.data(), crc.data() + crc.size(), file.header_crc, 16);
-  if (crc.size() != 8 || parsed.ec != std::errc() || parsed.ptr != crc.data() + 8)
-    throw CorruptData(path + " has a bad checksum for '" + file.name + "'");
-  return file;
+StoredFile parse_file(JsonReader& json) {
+  std::optional<std::string> name;
+  std::optional<int64_t> bytes;
+  std::optional<uint32_t> header_crc;
+  json.enter_object();
+  while (const auto key = json.next_key()) {
+    if (*key == "name") {
+      name = json.read_text();
+      if (!is_file_name(*name)) json.fail("names a file that could lie elsewhere");
+    } else if (*key == "bytes") {
+      bytes = json.read_count();
+    } else if (*key == "header_crc32c") {
+      header_crc = parse_hex8(json.read_text());
+      if (!header_crc) json.fail("is a bad checksum");
+    }
+  }
+  json.require(name.has_value(), "name");
+  json.require(bytes.has_value(), "bytes");
+  json.require(header_crc.has_value(), "header_crc32c");
+  json.charge_block(name->size());
+  return {*name, static_cast<uint64_t>(*bytes), *header_crc};
+}
+
+std::vector<StoredFile> parse_files(JsonReader& json) {
+  std::vector<StoredFile> files;
+  const size_t count = json.count_elements();
+  json.charge(count * sizeof(StoredFile));
+  files.reserve(count);
+  json.enter_array();
+  while (json.next_element()) files.push_back(parse_file(json));
+  return files;
 }
 
 void check_names_differ(const std::vector<StoredFile>& files, const std::string& path) {
-  std::vector<std::string> names;
+  std::vector<std::string_view> names;
   names.reserve(files.size());
-  for (const StoredFile& file : files) names.push_back(file.name);
+  for (const StoredFile& file : files) names.emplace_back(file.name);
   std::sort(names.begin(), names.end());
   const auto twice = std::adjacent_find(names.begin(), names.end());
-  if (twice != names.end()) throw CorruptData(path + " lists the file '" + *twice + "' twice");
+  if (twice != names.end()) throw CorruptData(path + " lists the file '" + std::string(*twice) + "' twice");
 }
 
-StoredTensor parse_tensor(const std::string& key, const nlohmann::json& json, size_t num_files,
-                          const std::string& path) {
-  const std::string what = "tensor '" + key + "' in " + path;
-  StoredTensor tensor{.dtype = text_of(json, "dtype", what), .shape = counts_of(json, "shape", what), .boxes = {}};
+StoredBox parse_box(JsonReader& json) {
+  std::optional<std::vector<int64_t>> offsets, sizes;
+  std::optional<int64_t> file;
+  json.enter_object();
+  while (const auto key = json.next_key()) {
+    if (*key == "offsets") offsets = json.read_counts(kMaxRank);
+    if (*key == "sizes") sizes = json.read_counts(kMaxRank);
+    if (*key == "file") file = json.read_count();
+  }
+  json.require(offsets.has_value(), "offsets");
+  json.require(sizes.has_value(), "sizes");
+  json.require(file.has_value(), "file");
+  return {{std::move(*offsets), std::move(*sizes)}, static_cast<size_t>(*file)};
+}
+
+std::vector<StoredBox> parse_boxes(JsonReader& json) {
+  std::vector<StoredBox> boxes;
+  const size_t count = json.count_elements();
+  json.charge(count * sizeof(StoredBox));
+  boxes.reserve(count);
+  json.enter_array();
+  while (json.next_element()) boxes.push_back(parse_box(json));
+  return boxes;
+}
+
+// `json` is only asked for memory, and to name the tensor.
+void check_tensor(const StoredTensor& tensor, JsonReader& json, const std::string& what) {
   int64_t bytes = 0;
   if (__builtin_mul_overflow(checked_numel(tensor.shape, what), item_bytes(tensor.dtype), &bytes))
     throw CorruptData(what + " has an impossible shape");
-  const auto& boxes = member_of(json, "boxes", what);
-  if (!boxes.is_array()) throw CorruptData(what + " has no list of boxes");
-  std::vector<Box> geometry;
-  std::set<size_t> files;
-  for (const auto& box : boxes) {
-    const auto file = static_cast<size_t>(count_of(box, "file", what));
-    if (file >= num_files)
-      throw CorruptData(what + " lies in file " + std::to_string(file) + " of " + std::to_string(num_files));
-    if (!files.insert(file).second) throw CorruptData(what + " lies twice in one file");
-    geometry.push_back({counts_of(box, "offsets", what), counts_of(box, "sizes", what)});
-    tensor.boxes.push_back({geometry.back(), file});
+  const size_t scratch = tensor.boxes.size() * (sizeof(Box*) + sizeof(size_t));
+  json.charge(scratch);
+  std::vector<size_t> files;
+  std::vector<const Box*> boxes;
+  files.reserve(tensor.boxes.size());
+  boxes.reserve(tensor.boxes.size());
+  for (const StoredBox& stored : tensor.boxes) {
+    files.push_back(stored.file);
+    boxes.push_back(&stored.box);
   }
-  if (!tiles(geometry, tensor.shape)) throw CorruptData(what + " has boxes that overlap, stick out or leave a gap");
+  std::sort(files.begin(), files.end());
+  if (std::adjacent_find(files.begin(), files.end()) != files.end())
+    throw CorruptData(what + " lies twice in one file");
+  if (!point_to_tiles(boxes, tensor.shape))
+    throw CorruptData(what + " has boxes that overlap, stick out or leave a gap");
+  json.refund(scratch);
+}
+
+StoredTensor parse_tensor(std::string_view name, JsonReader& json, const std::string& path) {
+  if (!is_tensor_name(name)) json.fail("is a tensor without a lawful name");
+  std::optional<std::string> dtype;
+  std::optional<std::vector<int64_t>> shape;
+  std::optional<std::vector<StoredBox>> boxes;
+  json.enter_object();
+  while (const auto key = json.next_key()) {
+    if (*key == "dtype") dtype = json.read_text().substr(0, kMaxWordBytes);
+    if (*key == "shape") shape = json.read_counts(kMaxRank);
+    if (*key == "boxes") boxes = parse_boxes(json);
+  }
+  json.require(dtype.has_value(), "dtype");
+  json.require(shape.has_value(), "shape");
+  json.require(boxes.has_value(), "boxes");
+  StoredTensor tensor{std::move(*dtype), std::move(*shape), std::move(*boxes)};
+  check_tensor(tensor, json, "tensor '" + std::string(name) + "' in " + path);
   return tensor;
+}
+
+std::map<std::string, StoredTensor> parse_tensors(JsonReader& json, const std::string& path) {
+  constexpr size_t kNodeBytes = 176;
+  std::map<std::string, StoredTensor> tensors;
+  json.enter_object();
+  while (const auto key = json.next_key()) {
+    if (tensors.size() == kMaxTensors) json.fail("is one tensor too many");
+    json.charge(kNodeBytes);
+    json.charge_block(key->size());
+    tensors.emplace(*key, parse_tensor(*key, json, path));
+  }
+  return tensors;
+}
+
+// Written by people's flags; a tree of it is made, so it must be small.
+std::string parse_settings(JsonReader& json, const std::string& path) {
+  const std::string_view text = json.skip_value();
+  if (text.size() > kMaxSettingsBytes) json.fail("has more than " + std::to_string(kMaxSettingsBytes) + " bytes");
+  if (!text.starts_with('{')) json.fail("is no object");
+  return strict_parse(std::string(text), path).dump();
+}
+
+void check_file_indices(const Manifest& manifest, const std::string& path) {
+  for (const auto& [key, tensor] : manifest.tensors) {
+    for (const StoredBox& stored : tensor.boxes) {
+      if (stored.file >= manifest.files.size())
+        throw CorruptData("tensor '" + key + "' in " + path + " lies in file " + std::to_string(stored.file) + " of " +
+                          std::to_string(manifest.files.size()));
+    }
+  }
+}
+
+// Whatever a reader would refuse must not be called durable.
+void check_readable(const std::string& text) {
+  try {
+    parse_manifest(text, kManifestName);
+  } catch (const CorruptData& error) {
+    LOCKSTEP_CHECK(false) << "this manifest could not be read again: " << error.what();
+  }
 }
 
 std::string child(const std::string& directory, const char* name) { return directory + "/" + name; }
@@ -115,8 +240,10 @@ std::string encode_manifest(const Manifest& manifest) {
                      {"data", manifest.data_fingerprint},
                      {"files", files},
                      {"tensors", tensors}};
-  const std::string text = json.dump() + "\n";
-  return text + "crc32c " + hex8(crc32c(text)) + "\n";
+  std::string text = json.dump() + "\n";
+  text += "crc32c " + hex8(crc32c(text)) + "\n";
+  check_readable(text);
+  return text;
 }
 
 Manifest parse_manifest(const std::string& text, const std::string& path) {
@@ -124,34 +251,42 @@ Manifest parse_manifest(const std::string& text, const std::string& path) {
   const std::string what = "'" + path + "'";
   if (text.size() <= kTrailer || text.size() > kMaxManifestBytes)
     throw CorruptData(what + " has " + std::to_string(text.size()) + " bytes, no manifest has");
-  const std::string body = text.substr(0, text.size() - kTrailer);
-  if (text.substr(body.size()) != "crc32c " + hex8(crc32c(body)) + "\n")
+  const std::string_view body = std::string_view(text).substr(0, text.size() - kTrailer);
+  if (text.substr(body.size()) != "crc32c " + hex8(crc32c(std::as_bytes(std::span(body)))) + "\n")
     throw CorruptData(what + " fails its checksum");
-  const nlohmann::json json = strict_parse(body, path);
-  if (text_of(json, "format", what) != kMagic) throw CorruptData(what + " is no lockstep checkpoint");
-  if (const int64_t version = count_of(json, "version", what); version != kVersion) {
-    throw ConfigError(what + " has format version " + std::to_string(version) + ", this program reads " +
+  JsonReader json(body, what);
+  Manifest manifest;
+  std::optional<std::string> format;
+  std::optional<int64_t> version;
+  std::set<std::string_view> seen;
+  json.enter_object();
+  while (const auto key = json.next_key()) {
+    if (*key == "format") format = json.read_text().substr(0, kMaxWordBytes);
+    if (*key == "version") version = json.read_count();
+    if (version && *version != kVersion) break;  // of a newer program, whatever comes now
+    if (*key == "step") manifest.step = json.read_count();
+    if (*key == "epoch") manifest.epoch = static_cast<uint64_t>(json.read_count());
+    if (*key == "samples") manifest.samples = json.read_count();
+    if (*key == "world_size") manifest.world_size = json.read_count();
+    if (*key == "parent_step") manifest.parent_step = json.read_integer();
+    if (*key == "config") manifest.config_json = parse_settings(json, path);
+    if (*key == "record") manifest.record_json = parse_settings(json, path);
+    if (*key == "data") manifest.data_fingerprint = parse_fingerprint(json);
+    if (*key == "files") manifest.files = parse_files(json);
+    if (*key == "tensors") manifest.tensors = parse_tensors(json, what);
+    for (const char* known : kMembers) {
+      if (*key == known) seen.insert(known);
+    }
+  }
+  if (format && *format != kMagic) throw CorruptData(what + " is no lockstep checkpoint");
+  if (version && *version != kVersion) {
+    throw ConfigError(what + " has format version " + std::to_string(*version) + ", this program reads " +
                       std::to_string(kVersion) + ". Mend: use a newer lockstep");
   }
-  Manifest manifest;
-  manifest.step = count_of(json, "step", what);
-  manifest.epoch = static_cast<uint64_t>(count_of(json, "epoch", what));
-  manifest.samples = count_of(json, "samples", what);
-  manifest.world_size = count_of(json, "world_size", what);
-  manifest.parent_step = integer_of(json, "parent_step", what);
-  manifest.config_json = member_of(json, "config", what).dump();
-  manifest.record_json = member_of(json, "record", what).dump();
-  manifest.data_fingerprint = text_of(json, "data", what);
-  const auto& files = member_of(json, "files", what);
-  if (!files.is_array()) throw CorruptData(what + " has no list of files");
-  for (const auto& file : files) manifest.files.push_back(parse_file(file, what));
+  json.finish();
+  for (const char* known : kMembers) json.require(seen.contains(known), known);
   check_names_differ(manifest.files, what);
-  const auto& tensors = member_of(json, "tensors", what);
-  if (!tensors.is_object() || tensors.size() > kMaxTensors) throw CorruptData(what + " has no list of tensors");
-  for (const auto& [key, value] : tensors.items()) {
-    if (!is_tensor_name(key)) throw CorruptData(what + " has a tensor without a lawful name");
-    manifest.tensors.emplace(key, parse_tensor(key, value, manifest.files.size(), what));
-  }
+  check_file_indices(manifest, what);
   return manifest;
 }
 

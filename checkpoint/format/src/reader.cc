@@ -1,28 +1,38 @@
 #include <algorithm>
+#include <array>
 #include <charconv>
 #include <cstring>
+#include <set>
+
+#include <pwd.h>
+#include <unistd.h>
 
 #include <lockstep/base/error.h>
 #include <lockstep/format/checksum.h>
 #include <lockstep/format/reader.h>
 
-#include "strict_json.h"
+#include "json_reader.h"
 
 namespace lockstep::format {
 namespace {
 
-std::vector<uint32_t> parse_crcs(const nlohmann::json& hex, uint64_t bytes, const std::string& what) {
+std::vector<uint32_t> parse_crcs(std::string_view text, uint64_t bytes, const std::string& what) {
   const uint64_t chunks = (bytes + kChunkBytes - 1) / kChunkBytes;
-  const std::string* text = hex.is_string() ? &hex.get_ref<const std::string&>() : nullptr;
-  if (text == nullptr || text->size() != 8 * chunks)
-    throw CorruptData(what + " does not have " + std::to_string(chunks) + " checksums");
+  if (text.size() != 8 * chunks) throw CorruptData(what + " does not have " + std::to_string(chunks) + " checksums");
   std::vector<uint32_t> crcs(chunks);
   for (uint64_t chunk = 0; chunk < chunks; ++chunk) {
-    const char* begin = text->data() + 8 * chunk;
+    const char* begin = text.data() + 8 * chunk;
     const auto parsed = std::from_chars(begin, begin + 8, crcs[chunk], 16);
     if (parsed.ec != std::errc() || parsed.ptr != begin + 8) throw CorruptData(what + " has a bad checksum");
   }
   return crcs;
+}
+
+std::string name_of(uint32_t user) {
+  std::array<char, 4096> buffer{};
+  passwd entry{}, *found = nullptr;
+  const bool has_name = getpwuid_r(user, &entry, buffer.data(), buffer.size(), &found) == 0 && found != nullptr;
+  return (has_name ? std::string(entry.pw_name) + " " : "") + "(uid " + std::to_string(user) + ")";
 }
 
 // Read and checked in pieces that are still in the cache when they are checked.
@@ -37,35 +47,67 @@ bool is_row_major_stretch(const Box& box, const std::vector<int64_t>& shape) {
 
 }  // namespace
 
-Reader::Reader(Fs& fs, const std::string& path)
-    : path_(path),
-      manifest_(
-          parse_manifest(read_text(fs, path + "/" + kManifestName, kMaxManifestBytes), path + "/" + kManifestName)) {
-  for (const StoredFile& stored : manifest_.files) open_shard(fs, stored);
+Reader::Reader(Fs& fs, const std::string& path, Trust trust) : path_(path), trust_(trust) {
+  // Held open, so that every file comes from the folder that the manifest came from.
+  const auto folder = fs.open_folder(path);
+  const std::string text = read_all(*open_trusted(*folder, kManifestName), file_path(kManifestName), kMaxManifestBytes);
+  manifest_digest_ = digest(text);
+  manifest_ = parse_manifest(text, file_path(kManifestName));
+  for (const StoredFile& stored : manifest_.files) open_shard(*folder, stored);
   check_boxes();
 }
 
-void Reader::open_shard(Fs& fs, const StoredFile& stored) {
-  const std::string path = path_ + "/" + stored.name;
+std::string Reader::owner_name() const { return name_of(owner_); }
+
+std::unique_ptr<File> Reader::open_trusted(Folder& folder, const std::string& name) {
+  auto file = folder.open_read(name);
+  if (file->owner() != geteuid()) {
+    owner_ = file->owner();
+    if (trust_ == Trust::kOwn) {
+      throw ConfigError(
+          "'" + file_path(name) + "' belongs to " + name_of(owner_) + ", not to you, " + name_of(geteuid()) +
+          ". Mend: copy it, or pass --trust_foreign_checkpoint: what is loaded decides what a model does");
+    }
+  }
+  return file;
+}
+
+TensorHeader Reader::read_trusted_header(const File& file, const StoredFile& stored) const {
+  const std::string path = file_path(stored.name);
+  const std::string head = read_head(file, path);
+  // Before parsing: a header that was torn or flipped is named as such, whatever it parses to.
+  if (crc32c(head) != stored.header_crc) throw CorruptData("'" + path + "': the header fails its checksum");
+  return parse_header(head, stored.bytes, path);
+}
+
+void Reader::open_shard(Folder& folder, const StoredFile& stored) {
+  const std::string path = file_path(stored.name);
   Shard shard;
-  shard.file = fs.open_read(path);
+  shard.file = open_trusted(folder, stored.name);
   if (shard.file->size() != stored.bytes) {
     throw CorruptData("'" + path + "' has " + std::to_string(shard.file->size()) + " bytes, the manifest says " +
                       std::to_string(stored.bytes));
   }
-  const std::string head = read_head(*shard.file, path);
-  // Before parsing: a header that was torn or flipped is named as such, whatever it parses to.
-  if (crc32c(head) != stored.header_crc) throw CorruptData("'" + path + "': the header fails its checksum");
-  TensorHeader header = parse_header(head, stored.bytes, path);
+  TensorHeader header = read_trusted_header(*shard.file, stored);
   shard.data_start = header.data_start;
-  const auto crcs = strict_parse(header.metadata[kCrcKey], path + " (" + kCrcKey + ")");
-  if (!crcs.is_object()) throw CorruptData("'" + path + "' has no chunk checksums");
   for (TensorEntry& entry : header.tensors) {
-    const auto hex = crcs.find(entry.name);
-    auto parsed = parse_crcs(hex == crcs.end() ? nlohmann::json() : *hex, entry.end - entry.begin,
-                             "tensor '" + entry.name + "' in '" + path + "'");
     const std::string name = entry.name;
-    shard.entries.emplace(name, StoredEntry{std::move(entry), std::move(parsed)});
+    shard.entries.emplace(name, StoredEntry{std::move(entry), {}});
+  }
+  JsonReader json(header.metadata[kCrcKey], "'" + path + "' (" + kCrcKey + ")");
+  std::set<std::string_view> checked;
+  json.enter_object();
+  while (const auto key = json.next_key()) {
+    const auto found = shard.entries.find(std::string(*key));
+    if (found == shard.entries.end()) continue;
+    StoredEntry& stored_entry = found->second;
+    stored_entry.chunk_crcs = parse_crcs(json.read_text(), stored_entry.entry.end - stored_entry.entry.begin,
+                                         "tensor '" + found->first + "' in '" + path + "'");
+    checked.insert(found->first);
+  }
+  json.finish();
+  for (const auto& [name, entry] : shard.entries) {
+    if (!checked.contains(name)) throw CorruptData("tensor '" + name + "' in '" + path + "' has no checksums");
   }
   shards_.push_back(std::move(shard));
 }
@@ -82,7 +124,7 @@ void Reader::check_boxes() const {
 }
 
 std::string Reader::what(const std::string& key, size_t file) const {
-  return "tensor '" + key + "' in '" + path_ + "/" + manifest_.files[file].name + "'";
+  return "tensor '" + key + "' in '" + file_path(manifest_.files[file].name) + "'";
 }
 
 void for_each_chunk_run(const Box& stored, const Box& wanted, uint64_t item_bytes,

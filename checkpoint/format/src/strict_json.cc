@@ -10,6 +10,15 @@ namespace lockstep::format {
 namespace {
 
 constexpr int kMaxDepth = 32;
+// A tree costs up to 100 bytes for each of these characters, and texts are held twice on the way.
+constexpr size_t kBytesPerSeparator = 100, kMaxTreeBytes = size_t{128} << 20;
+
+void check_tree_fits(const std::string& text, const std::string& path) {
+  const auto separators =
+      std::count_if(text.begin(), text.end(), [](char c) { return c == ',' || c == ':' || c == '[' || c == '{'; });
+  if (static_cast<size_t>(separators) * kBytesPerSeparator + 2 * text.size() > kMaxTreeBytes)
+    throw CorruptData("'" + path + "' holds more values than its kind of file may");
+}
 
 bool is_count(const nlohmann::json& value) {
   return value.is_number_unsigned() &&
@@ -19,6 +28,7 @@ bool is_count(const nlohmann::json& value) {
 }  // namespace
 
 nlohmann::json strict_parse(const std::string& text, const std::string& path) {
+  check_tree_fits(text, path);
   using Event = nlohmann::json::parse_event_t;
   std::vector<std::set<std::string>> keys;  // of the objects we are inside of
   const auto look = [&](int depth, Event event, nlohmann::json& parsed) {

@@ -8,8 +8,9 @@
 
 namespace lockstep::format {
 
-/// Parses JSON from a file somebody may have tampered with. @throws CorruptData syntax (invalid UTF-8 too), duplicate
-/// keys, depth over 32, or control characters in a key.
+/// Parses small JSON from a file somebody may have tampered with into a tree, which takes 128 MiB at most; JsonReader
+/// is for what may be large. @throws CorruptData syntax (invalid UTF-8 too), duplicate keys, depth over 32, control
+/// characters in a key, or too many values.
 nlohmann::json strict_parse(const std::string& text, const std::string& path);
 
 // Members of an object, of exactly the type asked for: the library's own get<int64_t>() converts 1e300 too, which is

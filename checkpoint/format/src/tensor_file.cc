@@ -1,10 +1,14 @@
 #include <algorithm>
 #include <cstring>
+#include <optional>
+
+#include <nlohmann/json.hpp>
 
 #include <lockstep/base/error.h>
+#include <lockstep/format/manifest.h>
 #include <lockstep/format/tensor_file.h>
 
-#include "strict_json.h"
+#include "json_reader.h"
 
 namespace lockstep::format {
 namespace {
@@ -21,18 +25,33 @@ const std::map<std::string, int64_t>& dtype_sizes() {
 
 bool is_dtype(const std::string& name) { return dtype_sizes().contains(name); }
 
-TensorEntry parse_entry(const std::string& name, const nlohmann::json& json, const std::string& path) {
-  const std::string what = "tensor '" + name + "' in '" + path + "'";
-  if (!is_tensor_name(name)) throw CorruptData(what + " has no lawful name");
-  TensorEntry entry{.name = name};
-  entry.dtype = text_of(json, "dtype", what);
-  entry.shape = counts_of(json, "shape", what);
-  const std::vector<int64_t> offsets = counts_of(json, "data_offsets", what);
-  if (offsets.size() != 2 || offsets[0] > offsets[1]) throw CorruptData(what + " has bad data_offsets");
-  entry.begin = static_cast<uint64_t>(offsets[0]);
-  entry.end = static_cast<uint64_t>(offsets[1]);
+TensorEntry parse_entry(std::string_view name, JsonReader& json, const std::string& path) {
+  if (!is_tensor_name(name)) json.fail("is no lawful name");
+  TensorEntry entry{.name = std::string(name)};
+  json.charge_block(name.size());
+  std::optional<std::string> dtype;
+  std::optional<std::vector<int64_t>> shape, offsets;
+  json.enter_object();
+  while (const auto key = json.next_key()) {
+    if (*key == "dtype") {
+      dtype = json.read_text();
+      if (!is_dtype(*dtype)) json.fail("is the unknown dtype '" + shown(*dtype) + "'");
+    } else if (*key == "shape") {
+      shape = json.read_counts(kMaxRank);
+    } else if (*key == "data_offsets") {
+      offsets = json.read_counts(2);
+      if (offsets->size() != 2 || offsets->front() > offsets->back()) json.fail("holds bad data_offsets");
+    }
+  }
+  json.require(dtype.has_value(), "dtype");
+  json.require(shape.has_value(), "shape");
+  json.require(offsets.has_value(), "data_offsets");
+  entry.dtype = std::move(*dtype);
+  entry.shape = std::move(*shape);
+  entry.begin = static_cast<uint64_t>(offsets->front());
+  entry.end = static_cast<uint64_t>(offsets->back());
+  const std::string what = "tensor '" + entry.name + "' in '" + path + "'";
   int64_t bytes = 0;
-  if (!is_dtype(entry.dtype)) throw CorruptData(what + " has the unknown dtype '" + entry.dtype + "'");
   if (__builtin_mul_overflow(checked_numel(entry.shape, what), item_bytes(entry.dtype), &bytes) ||
       static_cast<uint64_t>(bytes) != entry.end - entry.begin) {
     throw CorruptData(what + " has " + std::to_string(entry.end - entry.begin) +
@@ -41,23 +60,30 @@ TensorEntry parse_entry(const std::string& name, const nlohmann::json& json, con
   return entry;
 }
 
-std::map<std::string, std::string> parse_metadata(const nlohmann::json& json, const std::string& path) {
-  const bool fits =
-      json.is_object() && std::all_of(json.begin(), json.end(), [](const auto& v) { return v.is_string(); });
-  if (!fits) throw CorruptData("'" + path + "' has metadata that does not map strings to strings");
-  return json.get<std::map<std::string, std::string>>();
+std::map<std::string, std::string> parse_metadata(JsonReader& json) {
+  constexpr size_t kNodeBytes = 112;
+  std::map<std::string, std::string> metadata;
+  json.enter_object();
+  while (const auto key = json.next_key()) {
+    const std::string_view value = json.read_text();
+    json.charge(kNodeBytes);
+    json.charge_block(key->size());
+    json.charge_block(value.size());
+    metadata.emplace(*key, value);
+  }
+  return metadata;
 }
 
 }  // namespace
 
-bool is_tensor_name(const std::string& name) {
+bool is_tensor_name(std::string_view name) {
   return !name.empty() && name.size() <= kMaxNameBytes && name != kMetadataKey &&
          std::none_of(name.begin(), name.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; });
 }
 
 int64_t item_bytes(const std::string& dtype) {
   const auto found = dtype_sizes().find(dtype);
-  if (found == dtype_sizes().end()) throw CorruptData("unknown dtype '" + dtype + "'");
+  if (found == dtype_sizes().end()) throw CorruptData("unknown dtype '" + shown(dtype) + "'");
   return found->second;
 }
 
@@ -111,17 +137,20 @@ TensorHeader parse_header(const std::string& head, uint64_t file_bytes, const st
   std::memcpy(&length, head.data(), sizeof(length));
   if (length > kMaxHeaderBytes || head.size() - sizeof(length) < length || file_bytes < head.size())
     throw CorruptData("'" + path + "' has a header of another length than it claims");
-  const nlohmann::json json = strict_parse(head.substr(sizeof(length), length), path);
-  if (!json.is_object()) throw CorruptData("'" + path + "' has a header that is no JSON object");
+  JsonReader json(std::string_view(head).substr(sizeof(length), length), "'" + path + "'");
   TensorHeader header;
   header.data_start = sizeof(length) + length;
-  for (const auto& [name, value] : json.items()) {
-    if (name != kMetadataKey) {
-      header.tensors.push_back(parse_entry(name, value, path));
+  json.enter_object();
+  while (const auto name = json.next_key()) {
+    if (*name == kMetadataKey) {
+      header.metadata = parse_metadata(json);
       continue;
     }
-    header.metadata = parse_metadata(value, path);
+    if (header.tensors.size() == kMaxTensors) json.fail("is one tensor too many");
+    json.charge(2 * sizeof(TensorEntry));  // a vector that grows holds old and new at once
+    header.tensors.push_back(parse_entry(*name, json, path));
   }
+  json.finish();
   std::sort(header.tensors.begin(), header.tensors.end(),
             [](const auto& a, const auto& b) { return std::tie(a.begin, a.end) < std::tie(b.begin, b.end); });
   uint64_t end = 0;

@@ -84,7 +84,7 @@ std::vector<std::string> verify(Fs& fs, const std::string& path, const ProgressC
   std::exception_ptr no_answer;
   std::mutex mutex;
   try {
-    const Reader reader(fs, path);
+    const Reader reader(fs, path, Trust::kAny);
     for_each_tensor(reader.manifest(), threads, progress, [&](const std::string& key) {
       try {
         reader.verify_tensor(key);

@@ -1,5 +1,6 @@
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <random>
 
 #include <gmock/gmock.h>
@@ -110,12 +111,21 @@ TEST(ManifestTest, EveryHostileManifestIsRefusedThoughItsChecksumIsRight) {
       {replaced("\"sizes\":[1,4]", "\"sizes\":[1]"), "overlap, stick out or leave a gap"},
       {replaced("\"sizes\":[1,4]", "\"sizes\":[true,4]"), "not made of counts"},
       {replaced("\"shape\":[3,4]", "\"shape\":[3037000500,3037000500]"), "impossible shape"},
-      {replaced("\"shape\":[3,4]", "\"shape\":" + deep + std::string(40, ']')), "deeper than 32"},
+      {replaced("\"step\":1000", "\"step\":1000,\"x\":" + deep + std::string(40, ']')), "deeper than 32"},
+      {replaced("\"shape\":[3,4]", "\"shape\":[[3,4]]"), "not made of counts"},
+      {replaced("\"shape\":[3,4]", "\"shape\":[1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1]"), "more than 16"},
+      {replaced("\"config\":{", "\"config\":{\"x\":\"" + std::string(1 << 20, 'x') + "\","), "more than 1048576 bytes"},
+      {replaced("\"config\":{\"learning_rate\":0.001}", "\"config\":[]"), "no object"},
+      {replaced("\"config\":{\"learning_rate\":0.001}", "\"config\":{\"a\":1e999}"), "not valid JSON"},
+      {replaced("\"data\":\"abc\"", "\"data\":\"" + std::string(1025, 'x') + "\""), "more than 1024 bytes"},
+      {replaced("\"data\":\"abc\",", ""), "lacks 'data'"},
+      {replaced("\"dtype\":\"F32\"", "\"dtype\":\"\\u001b[2J\""), "unknown dtype '?[2J'"},
       {replaced("\"dtype\":\"F32\"", "\"dtype\":\"pickle\""), "unknown dtype"},
       {replaced("\"w\":", "\"\":"), "without a lawful name"},
       {replaced("\"w\":", "\"" + std::string(1025, 'w') + "\":"), "without a lawful name"},
       {replaced("lockstep-checkpoint", "something-else"), "no lockstep checkpoint"},
-      {sign("[]\n"), "lacks 'format'"},
+      {sign("[]\n"), "no object"},
+      {sign("{}\n"), "lacks 'format'"},
       {sign("{\"format\":\n"), "not valid JSON"},
       {sign("\n"), "not valid JSON"},
   };
@@ -148,6 +158,37 @@ TEST(ManifestTest, TenThousandMutantsWithRightChecksumsNeverDoWorseThanAnError) 
     } catch (const Error&) {
     }
   }
+}
+
+TEST(ManifestTest, WhatCouldNotBeReadAgainIsNotWritten) {
+  const auto spoilt = [](const std::function<void(Manifest&)>& spoil) {
+    Manifest manifest = example();
+    spoil(manifest);
+    return manifest;
+  };
+  EXPECT_NO_THROW(encode_manifest(spoilt([](Manifest&) {})));
+  EXPECT_THROW(encode_manifest(spoilt([](Manifest& m) { m.files[0].name = "../s"; })), CheckFailed);
+  EXPECT_THROW(encode_manifest(spoilt([](Manifest& m) { m.files[1].name = m.files[0].name; })), CheckFailed);
+  EXPECT_THROW(encode_manifest(spoilt([](Manifest& m) { m.tensors["w"].boxes.pop_back(); })), CheckFailed);
+  EXPECT_THROW(encode_manifest(spoilt([](Manifest& m) { m.tensors["w"].boxes[0].file = 2; })), CheckFailed);
+  EXPECT_THROW(encode_manifest(spoilt([](Manifest& m) { m.config_json = "[]"; })), CheckFailed);
+  EXPECT_THROW(encode_manifest(spoilt([](Manifest& m) { m.data_fingerprint = std::string(65 << 20, 'x'); })),
+               CheckFailed);
+}
+
+// A budget could be kept by refusing everything: what a large run writes must load.
+TEST(ManifestTest, AManifestOf400TensorsOn1024RanksIsRead) {
+  Manifest manifest;
+  constexpr int64_t kRanks = 1024;
+  for (int64_t rank = 0; rank < kRanks; ++rank) manifest.files.push_back({shard_name(rank, kRanks), 1, 1});
+  for (int i = 0; i < 400; ++i) {
+    StoredTensor& tensor =
+        manifest.tensors["exp_avg_sq:model.layers." + std::to_string(i) + ".mlp.down_proj.weight"] = {
+            "F32", {8 * kRanks, 4096}, {}};
+    for (int64_t rank = 0; rank < kRanks; ++rank)
+      tensor.boxes.push_back({{{8 * rank, 0}, {8, 4096}}, static_cast<size_t>(rank)});
+  }
+  EXPECT_EQ(parse_manifest(encode_manifest(manifest), "MANIFEST").tensors.size(), 400U);
 }
 
 TEST(ManifestTest, AConfigurationThatIsNoJsonIsABugOfTheCaller) {

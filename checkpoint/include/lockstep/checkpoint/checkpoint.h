@@ -68,6 +68,7 @@ struct Options {
   /// Epoch of the start that this line of steps began with (rank 0's counts): load_newest() passes by what starts
   /// before it have saved.
   uint64_t first_epoch = 0;
+  bool trust_foreign = false;  ///< load what belongs to another user too; without, a load of it throws ConfigError
 };
 
 /// How a save ended.
@@ -119,8 +120,8 @@ class Store {
   /// @return nullopt when the directory holds no checkpoint since Options::first_epoch, and none is known to have been
   ///         durable.
   /// @throws CorruptData when there are checkpoints but none is good (never a silent fresh start). ConfigError a tensor
-  ///         is missing or has another shape, with a diff. Error (74) when storage says "not now" (too many open
-  ///         files, stale handle, ...): falling back would lose steps that are safe.
+  ///         is missing or has another shape, with a diff; the files are another user's. Error (74) when storage says
+  ///         "not now" (too many open files, stale handle, ...): falling back would lose steps that are safe.
   std::optional<Progress> load_newest(const std::vector<StateTensor>& state);
 
   /// Loads one checkpoint: a folder that holds a MANIFEST, or a run (its newest). `weights_only`: other sections than

@@ -24,9 +24,11 @@ Box intersection(const Box& a, const Box& b);
 
 /// Whether the boxes are disjoint and together fill a tensor of this shape. Empty boxes fill nothing and are welcome.
 ///
-/// Cost: n 2^d log(n 2^d) for n boxes cut along d dims, so that a hostile list of a million boxes costs no n^2.
-/// @return false too when n 2^d passes 2^20: no sane layout does.
+/// Cost: n 2^d log(n 2^d) for n boxes cut along d dims, so that a hostile list of a million boxes costs no n^2; 30 MB
+/// at most. @return false too when n d 2^d passes 2^21 (a quarter of a million boxes cut along two dims): no sane
+/// layout does.
 bool tiles(const std::vector<Box>& boxes, const std::vector<int64_t>& shape);
+bool point_to_tiles(const std::vector<const Box*>& boxes, const std::vector<int64_t>& shape);
 
 /// Calls `run(offset in from, offset in to, elements)` for each stretch of `part` (in tensor coordinates, inside both
 /// boxes) that is contiguous in the row-major memory of box `from` and of box `to`; offsets in elements, rising in

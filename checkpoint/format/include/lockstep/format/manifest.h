@@ -49,8 +49,9 @@ inline constexpr size_t kMaxTensors = 1'000'000;
 /// Whether a name out of a file may be opened in the folder of that file: [A-Za-z0-9._-]{1,200}, no leading dot.
 bool is_file_name(const std::string& name);
 
-/// @throws CheckFailed config_json or record_json is no JSON.
+/// @throws CheckFailed whatever parse_manifest() would refuse: it must not become durable.
 std::string encode_manifest(const Manifest& manifest);
+/// Takes at most the text's size + 64 MiB of memory; a manifest that describes more is refused.
 /// @throws CorruptData checksum, syntax, limits, a file name that could leave the folder, boxes that do not tile their
 /// tensor; ConfigError a format version this program does not know.
 Manifest parse_manifest(const std::string& text, const std::string& path);

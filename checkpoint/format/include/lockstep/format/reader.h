@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include <unistd.h>
+
 #include <lockstep/base/error.h>
 #include <lockstep/base/fs.h>
 #include <lockstep/format/manifest.h>
@@ -15,6 +17,12 @@
 #include <lockstep/format/tensor_file.h>
 
 namespace lockstep::format {
+
+/// Whose files are read. Checksums find accidents, not forgers: what somebody else wrote is theirs to decide.
+enum class Trust {
+  kOwn,  ///< files of the effective user only
+  kAny,  ///< anybody's: to look at them, or because a person said so (--trust_foreign_checkpoint)
+};
 
 /// Bytes that lie side by side in a stored box and in a wanted one, within one chunk of the stored box.
 struct ChunkRun {
@@ -29,16 +37,21 @@ void for_each_chunk_run(const Box& stored, const Box& wanted, uint64_t item_byte
 
 /// A checkpoint opened for reading. On opening: manifest, file sizes, shard headers and their checksums, and that the
 /// headers hold the boxes the manifest lists; so later allocations are bounded by bytes that exist. Every data byte is
-/// checked when it is read.
+/// checked when it is read. Whatever the manifest says, only regular files are opened, and only of the folder itself:
+/// no link, no FIFO, no path that leads elsewhere.
 ///
 /// Threads: const members may run at once.
 class Reader {
  public:
-  /// @throws CorruptData damaged; ConfigError written by a newer format version; IoError cannot be read.
-  Reader(Fs& fs, const std::string& path);
+  /// @throws CorruptData damaged; ConfigError written by a newer format version, or by somebody else; IoError cannot be
+  /// read.
+  explicit Reader(Fs& fs, const std::string& path, Trust trust = Trust::kOwn);
 
   const Manifest& manifest() const { return manifest_; }
   const std::string& path() const { return path_; }
+  const std::string& manifest_digest() const { return manifest_digest_; }  ///< XXH3-128 of the file MANIFEST
+  bool is_foreign() const { return owner_ != geteuid(); }                  ///< whether a file belongs to somebody else
+  std::string owner_name() const;                                          ///< "name (uid N)" of that user, else of us
 
   /// Fills `target` (laid out as `wanted`, a box of tensor `key`) from whatever boxes are stored. Each chunk is read
   /// whole and its CRC32C checked in memory before its bytes count, straight in `target` where the chunk is contiguous
@@ -68,13 +81,19 @@ class Reader {
   };
   using TakeChunk = std::function<void(std::span<const std::byte>)>;
 
-  void open_shard(Fs& fs, const StoredFile& stored);
+  std::unique_ptr<File> open_trusted(Folder& folder, const std::string& name);
+  TensorHeader read_trusted_header(const File& file, const StoredFile& stored) const;
+  void open_shard(Folder& folder, const StoredFile& stored);
+  std::string file_path(const std::string& name) const { return path_ + "/" + name; }
   void check_boxes() const;
   std::string what(const std::string& key, size_t file) const;
   void copy_part(const std::string& key, const StoredBox& stored, const Box& wanted, std::span<std::byte> target) const;
   void stream(const std::string& key, const StoredBox& stored, const TakeChunk& take) const;
 
   std::string path_;
+  Trust trust_;
+  uint32_t owner_ = geteuid();
+  std::string manifest_digest_;
   Manifest manifest_;
   std::vector<Shard> shards_;
 };
@@ -91,7 +110,8 @@ CheckpointDigests compute_digests(const Reader& reader, const ProgressCallback& 
 /// Whether the checkpoint is at fault and not the storage under it: a name that leads nowhere, or to no regular file.
 bool is_damage(const IoError& error);
 
-/// Everything wrong with a checkpoint, one message each; empty: every byte is good. Never throws for corrupt data.
+/// Everything wrong with a checkpoint, anybody's; one message each; empty: every byte is good. Never throws for corrupt
+/// data.
 /// @throws IoError when storage keeps it from being read: nothing is known then.
 std::vector<std::string> verify(Fs& fs, const std::string& path, const ProgressCallback& progress = {},
                                 int threads = 0);

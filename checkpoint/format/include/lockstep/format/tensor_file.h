@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include <lockstep/base/fs.h>
@@ -32,7 +33,7 @@ struct TensorHeader {
 };
 
 /// 1 to kMaxNameBytes bytes without control characters, and not "__metadata__".
-bool is_tensor_name(const std::string& name);
+bool is_tensor_name(std::string_view name);
 
 /// Bytes of one element. @throws CorruptData for a dtype safetensors does not know.
 int64_t item_bytes(const std::string& dtype);
@@ -51,7 +52,8 @@ std::string read_head(const File& file, const std::string& path);
 
 /// Parses and checks what read_head() gave (`file_bytes`: size of the whole file): syntax, duplicate names, dtypes,
 /// ranks, sizes that match dtype and shape, no holes, no overlaps, and data that fills the file exactly. Padding is not
-/// asked for: other writers leave it out. @throws CorruptData naming file and tensor.
+/// asked for: other writers leave it out. Takes at most the head's size + 64 MiB of memory, 128 MiB in all.
+/// @throws CorruptData naming file and tensor.
 TensorHeader parse_header(const std::string& head, uint64_t file_bytes, const std::string& path);
 
 /// Both in one.
