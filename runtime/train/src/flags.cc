@@ -6,7 +6,7 @@
 #include <lockstep/base/error.h>
 #include <lockstep/train/flags.h>
 
-DEFINE_string(run_dir, "run", "folder of this run: checkpoints, metrics, logs; created, mode 0700");
+DEFINE_string(run_dir, "run", "folder of this run: checkpoints, metrics, logs; created, mode 0700 (see --share)");
 DEFINE_int64(steps, 1000, "optimizer updates in all, resumed ones included");
 DEFINE_uint64(seed, 1, "seed of weights, data order and dropout");
 DEFINE_string(device, "auto", "auto | cpu | cuda; auto is cpu so far");
@@ -63,6 +63,10 @@ DEFINE_string(resume, "auto", "auto: newest good checkpoint of --run_dir; never:
 DEFINE_string(init_from, "", "checkpoint to take weights from, at step 0");
 DEFINE_string(accept_config_change, "", "comma-separated configuration keys that may differ from the checkpoint's");
 DEFINE_bool(take_over, false, "take the run directory from a start that still looks alive");
+DEFINE_bool(trust_foreign_checkpoint, false,
+            "load checkpoints whose files belong to another user; their owner, epoch and digest are logged");
+DEFINE_string(share, "none",
+              "none | group: whether the run directory's group may read what this run writes from now on");
 DEFINE_int64(eval_interval_steps, 250, "steps between evaluations; 0: only after the last step");
 DEFINE_int64(eval_samples, -1, "validation samples an evaluation; -1: all");
 DEFINE_int64(log_interval_steps, 10, "steps between lines where stderr is no terminal");
@@ -147,6 +151,8 @@ Options options_from_flags() {
   options.init_from = FLAGS_init_from;
   options.accept_config_change = split(FLAGS_accept_config_change);
   options.take_over = FLAGS_take_over;
+  options.trust_foreign_checkpoint = FLAGS_trust_foreign_checkpoint;
+  options.share = FLAGS_share;
   options.eval_interval_steps = FLAGS_eval_interval_steps;
   options.eval_samples = FLAGS_eval_samples;
   options.log_interval_steps = FLAGS_log_interval_steps;

@@ -78,6 +78,8 @@ Options resolve(Options options, int world_size) {
           "--replica_check_interval_steps=" + num(options.replica_check_interval_steps) + " must not be negative");
   require(parse_steps(options.profile_steps).last <= options.steps,
           "--profile_steps=" + options.profile_steps + " ends after --steps=" + num(options.steps));
+  require(options.share == "none" || options.share == "group",
+          "--share=" + options.share + " is neither none nor group");
   require(!options.run_dir.empty(), "--run_dir is empty: name the folder this run lives in");
   if (options.micro_batch_size == 0) {
     options.micro_batch_size = std::max<int64_t>(1, options.global_batch_size / 8);

@@ -1,8 +1,10 @@
 #include "run_directory.h"
 
 #include <algorithm>
+#include <cerrno>
 
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <nlohmann/json.hpp>
 
@@ -10,8 +12,25 @@
 #include <lockstep/metrics/run_log.h>
 
 namespace lockstep::train {
+namespace {
 
-void prepare_run_directory(Fs& fs, ProcessGroup& world, const std::string& run_dir) {
+// Folders of an earlier start follow the present --share; a run directory that its user made keeps what it was given.
+void share_folders(const std::string& run_dir, Share share) {
+  constexpr mode_t kGroupMayRead = S_IRGRP | S_IXGRP;
+  struct stat status {};
+  for (const char* part : {"", "/checkpoints", "/logs"}) {
+    const std::string folder = run_dir + part;
+    if (::stat(folder.c_str(), &status) != 0 || status.st_uid != ::geteuid()) continue;
+    const mode_t mode = status.st_mode & 07777;
+    const mode_t wanted = share == Share::kGroup ? mode | kGroupMayRead : *part ? mode & S_IRWXU : mode;
+    if (wanted != mode && ::chmod(folder.c_str(), wanted) != 0) throw IoError("changing the mode of", folder, errno);
+  }
+}
+
+}  // namespace
+
+void prepare_run_directory(Fs& fs, ProcessGroup& world, const std::string& run_dir, Share share) {
+  share_new_files(share);
   if (world.rank() == 0) {
     try {
       make_directories(fs, run_dir);
@@ -26,6 +45,7 @@ void prepare_run_directory(Fs& fs, ProcessGroup& world, const std::string& run_d
       throw ConfigError("--run_dir=" + run_dir + " cannot be written: " + error.what() +
                         ". Mend: name a folder this user may create and write");
     }
+    share_folders(run_dir, share);
     struct stat status {};
     if (::stat(run_dir.c_str(), &status) == 0 && (status.st_mode & S_IWOTH) && !(status.st_mode & S_ISVTX)) {
       throw ConfigError("--run_dir=" + run_dir + " can be written by every user. Mend: chmod o-w " + run_dir);

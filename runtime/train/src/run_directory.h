@@ -13,9 +13,9 @@
 namespace lockstep::train {
 
 /// Makes sure the run directory is there, ours and writable, with checkpoints/ and logs/ inside; rank 0 works, all
-/// wait.
+/// wait. Sets, on every rank, who else may read what is made from now on.
 /// @throws ConfigError with the mend when it cannot be made or written.
-void prepare_run_directory(Fs& fs, ProcessGroup& world, const std::string& run_dir);
+void prepare_run_directory(Fs& fs, ProcessGroup& world, const std::string& run_dir, Share share = Share::kNone);
 
 /// Writes run.json: flags, versions, mesh, hosts, the record of what decides bits. Replaces the one of an earlier
 /// start. Rank 0.

@@ -156,7 +156,7 @@ void Trainer::build_data() {
 
 void Trainer::open_run() {
   config_ = config_json(options_, task_.config_json());
-  prepare_run_directory(fs_, world_, options_.run_dir);
+  prepare_run_directory(fs_, world_, options_.run_dir, options_.share == "group" ? Share::kGroup : Share::kNone);
   if (is_chief() || std::string_view(world_.backend()) != "local")  // ranks that are threads share one log
     start_logging("lockstep", world_.rank(), world_.size(), options_.run_dir + "/logs");
   epoch_ = checkpoint::acquire_epoch(fs_, world_, options_.run_dir, options_.take_over);
@@ -170,7 +170,8 @@ void Trainer::open_run() {
                                                                    .check_plan = options_.check_collectives,
                                                                    .read_threads = std::min(8, spare_lanes(world_, 1)),
                                                                    .known_durable = history.durable,
-                                                                   .first_epoch = history.first_epoch});
+                                                                   .first_epoch = history.first_epoch,
+                                                                   .trust_foreign = options_.trust_foreign_checkpoint});
   resume(all_gather_text(world_, history.from)[0]);
   if (options_.asynchronous_save && options_.checkpoint_interval_steps > 0) store_->reserve(model_.state());
   watch_replicas();

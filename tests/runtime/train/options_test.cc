@@ -36,6 +36,7 @@ TEST(OptionsTest, WhatDoesNotWorkOutPrintsBothSidesAndTheMend) {
     }
   };
   EXPECT_EQ(refusal([](Options&) {}), "not refused");
+  EXPECT_THAT(refusal([](Options& o) { o.share = "all"; }), HasSubstr("--share=all"));
   EXPECT_THAT(refusal([](Options& o) { o.global_batch_size = 30, o.micro_batch_size = 4; }),
               AllOf(HasSubstr("--global_batch_size=30"), HasSubstr("--micro_batch_size=4"), HasSubstr("=32")));
   EXPECT_THAT(refusal([](Options& o) { o.global_batch_size = 6, o.micro_batch_size = 2; }, 4),

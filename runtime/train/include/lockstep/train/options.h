@@ -55,6 +55,8 @@ struct Options {
   std::string init_from;                 ///< weights only, step 0
   std::vector<std::string> accept_config_change;
   bool take_over = false;
+  bool trust_foreign_checkpoint = false;  ///< load checkpoints that belong to another user
+  std::string share = "none";             ///< none | group: who else may read what the run writes
 
   // watch
   int64_t eval_interval_steps = 250;  ///< <= 0: only after the last step
