@@ -1,6 +1,7 @@
 """second_user_test.py BIN_DIR: what another user of the machine sees of a run while it trains, and of what it leaves: nothing, unless the run
 is shared with a group. Tried by a process that has become `nobody`; needs root."""
 
+import contextlib
 import os
 import pathlib
 import stat
@@ -83,7 +84,18 @@ def processes_of(run_dir):
 
 
 def everything_under(folder):
-    return [folder, *sorted(folder.rglob("*"))]
+    """What a walk sees; checkpoints come and go meanwhile."""
+    return [folder, *sorted(pathlib.Path(top, name) for top, folders, files in os.walk(folder) for name in folders + files)]
+
+
+def open_to_others(names):
+    found = []
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            mode = name.lstat().st_mode
+            if mode & 0o077:
+                found.append(f"{name} {stat.filemode(mode)}")
+    return found
 
 
 def memory_of(processes):
@@ -95,50 +107,48 @@ def memory_of(processes):
             paths.update(process / "fd" / number for number in os.listdir(process / "fd"))
             for line in (process / "maps").read_text().splitlines():
                 name = line[73:].strip()
-                if name.startswith(("/dev/shm/", "/tmp/", "/memfd:")) and not name.startswith("/memfd:"):
+                if name.startswith(("/dev/shm/", "/tmp/")):
                     paths.add(pathlib.Path(name))
         except OSError:
             pass
     return sorted(paths)
 
 
-def start(bin_dir, run_dir, flags):
+@contextlib.contextmanager
+def training(bin_dir, run_dir, flags):
+    """A run that has saved and traced, and goes on until the end of the block."""
     job = subprocess.Popen(runs.command(bin_dir, "gpt", 2, run_dir, flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not (list(run_dir.glob("checkpoints/*/MANIFEST")) and list(run_dir.glob("traces/*"))) and job.poll() is None:
-        assert time.monotonic() < deadline, "no checkpoint and trace after a minute"
-        time.sleep(0.02)
-    assert job.poll() is None, job.communicate()[1][-3000:]
-    return job
-
-
-def stop(job):
-    job.terminate()
-    said = job.communicate(timeout=60)[1]
+    try:
+        while not (list(run_dir.glob("checkpoints/*/MANIFEST")) and list(run_dir.glob("traces/*"))) and job.poll() is None:
+            assert time.monotonic() < deadline, "no checkpoint and trace after a minute"
+            time.sleep(0.02)
+        assert job.poll() is None, job.communicate()[1][-3000:]
+        yield job
+    finally:
+        job.terminate()
+        said = job.communicate(timeout=60)[1]
     assert job.returncode == 75, f"exit {job.returncode}:\n{said[-3000:]}"
 
 
 def check_private(bin_dir, folder, flags):
     run_dir = folder / "private"
     os.umask(0)  # the worst a shell can hand down
-    job = start(bin_dir, run_dir, flags)
-    processes = processes_of(run_dir)
-    assert len(processes) >= 3, processes  # lockstep, mpirun and the ranks name it
-    names, memory = everything_under(run_dir), memory_of(processes)
-    for what in ("logs/lockstep.rank1.", "metrics.jsonl", "ledger.jsonl", "run.json", "events.out", "MANIFEST", ".safetensors", "epoch/1", "traces/"):
-        assert any(what in str(name) for name in names), f"{what} is missing: the test would not see it"
-    control = [folder / "train.bin"]
-    seen = as_user(NOGROUP, [], lambda: readable(control))
-    assert seen == [str(control[0])], "nobody cannot even reach the folder: this test would prove nothing"
-    seen = as_user(NOGROUP, [], lambda: readable([*names, *memory]))
-    assert seen == [], f"nobody reads {seen}"
-    assert as_user(NOGROUP, [], lambda: writable(names)) == []
-    # Each name by itself too: the modes must not lean on the folder above.
-    loose = [f"{name} {stat.filemode(name.lstat().st_mode)}" for name in names if name.exists() and name.lstat().st_mode & 0o077]
-    assert loose == [], f"open to others by their modes: {loose}"
-    stop(job)
-    loose = [str(name) for name in everything_under(run_dir) if name.lstat().st_mode & 0o077]
-    assert loose == [], f"left open to others: {loose}"
+    with training(bin_dir, run_dir, flags):
+        processes = processes_of(run_dir)
+        assert len(processes) >= 3, processes  # lockstep, mpirun and the ranks name it
+        names, memory = everything_under(run_dir), memory_of(processes)
+        for what in ("logs/lockstep.rank0.", "metrics.jsonl", "ledger.jsonl", "run.json", "events.out", "MANIFEST", ".safetensors", "epoch/1", "traces/"):
+            assert any(what in str(name) for name in names), f"{what} is missing: the test would not see it"
+        control = [folder / "train.bin"]
+        seen = as_user(NOGROUP, [], lambda: readable(control))
+        assert seen == [str(control[0])], "nobody cannot even reach the folder: this test would prove nothing"
+        seen = as_user(NOGROUP, [], lambda: readable([*names, *memory]))
+        assert seen == [], f"nobody reads {seen}"
+        assert as_user(NOGROUP, [], lambda: writable(names)) == []
+        # Each name by itself too: the modes must not lean on the folder above.
+        assert open_to_others(names) == []
+    assert open_to_others(everything_under(run_dir)) == []
     print(f"private: {len(names)} names and {len(memory)} of memory, none readable", flush=True)
     return run_dir
 
@@ -147,12 +157,11 @@ def check_shared(bin_dir, folder, flags, run_dir):
     """The same run goes on, shared: what it writes from now on is the group's to read, never to write, and nobody else's."""
     os.umask(0)
     before = set(run_dir.glob("checkpoints/*"))
-    job = start(bin_dir, run_dir, [*flags, "--share=group"])
-    deadline = time.monotonic() + 60
-    while not [path for path in run_dir.glob("checkpoints/*/MANIFEST") if path.parent not in before]:
-        assert time.monotonic() < deadline and job.poll() is None
-        time.sleep(0.02)
-    stop(job)
+    with training(bin_dir, run_dir, [*flags, "--share=group"]) as job:
+        deadline = time.monotonic() + 60
+        while not [path for path in run_dir.glob("checkpoints/*/MANIFEST") if path.parent not in before]:
+            assert time.monotonic() < deadline and job.poll() is None
+            time.sleep(0.02)
     names = everything_under(run_dir)
     for name in names:
         os.chown(name, -1, SHARED_GROUP)
