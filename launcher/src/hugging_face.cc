@@ -17,6 +17,7 @@ const std::vector<Arguments::Flag> kExportFlags = {
     {"format", "hf", "of the folder: hf, a config.json with safetensors files, is the default and the only one"},
     {"dtype", "f32|bf16|f16", "of the weights in it, rounded to nearest (f32)"},
     {"max_shard_bytes", "N", "weights go into several files of at most this size (5000000000)"},
+    {"trust_foreign_checkpoint", nullptr, "also one whose files belong to another user"},
 };
 
 struct TwoPaths {
@@ -49,6 +50,7 @@ int export_folder(const Arguments& arguments) {
   }
   options.max_file_bytes = static_cast<uint64_t>(arguments.number(
       "max_shard_bytes", static_cast<int64_t>(options.max_file_bytes), 1, std::numeric_limits<int64_t>::max()));
+  if (arguments.has("trust_foreign_checkpoint")) options.trust = format::Trust::kAny;
   const std::string checkpoint = format::resolve_checkpoint(real_fs(), checkpoint_or_run);
   format::export_hugging_face(real_fs(), checkpoint, out, options, &show_progress);
   std::cout << out << ": the weights of " << checkpoint << ". Tokenizer files are to be copied from where they are\n";

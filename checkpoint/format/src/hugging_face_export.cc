@@ -177,7 +177,7 @@ class Exporter {
 void export_hugging_face(Fs& fs, const std::string& checkpoint, const std::string& out,
                          const HuggingFaceExport& options, const ProgressCallback& progress) {
   LOCKSTEP_CHECK(is_float_format(options.dtype)) << "weights cannot be exported as " << options.dtype;
-  const Reader reader(fs, checkpoint);
+  const Reader reader(fs, checkpoint, options.trust);
   const HuggingFaceConfig config = config_of_task(reader.manifest(), "'" + checkpoint + "'");
   const auto tensors = their_tensors(config);
   Exporter exporter(reader, options, progress);

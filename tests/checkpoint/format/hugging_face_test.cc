@@ -3,6 +3,8 @@
 #include <numeric>
 #include <set>
 
+#include <unistd.h>
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -260,6 +262,17 @@ TEST_F(HuggingFaceFolderTest, WhateverCallFailsNothingIsLeft) {
   const std::string back = folder_.path() + "/back";
   with_each_call_failing(back, [&](Fs& fs) { export_hugging_face(fs, out(), back, {.max_file_bytes = 100}); });
   EXPECT_TRUE(std::filesystem::exists(back + "/model.safetensors.index.json"));
+}
+
+TEST_F(HuggingFaceFolderTest, AnotherUsersCheckpointIsExportedOnlyWhereAPersonTrustsIt) {
+  if (::geteuid() != 0) GTEST_SKIP() << "only root gives files away";
+  import_hugging_face(real_fs(), source(), out());
+  ASSERT_EQ(::chown((out() + "/" + shard_name(0, 1)).c_str(), 65534, 65534), 0);
+  const std::string back = folder_.path() + "/back";
+  EXPECT_THROW(export_hugging_face(real_fs(), out(), back), ConfigError);
+  EXPECT_FALSE(std::filesystem::exists(back));
+  export_hugging_face(real_fs(), out(), back, {.trust = Trust::kAny});
+  EXPECT_TRUE(std::filesystem::exists(back + "/config.json"));
 }
 
 TEST_F(HuggingFaceFolderTest, TheManifestComesAfterAllElseIsSynced) {

@@ -15,6 +15,7 @@
 #include <lockstep/base/fault_fs.h>
 #include <lockstep/collectives/local_group.h>
 #include <lockstep/data/loader.h>
+#include <lockstep/format/fencing.h>
 #include <lockstep/metrics/run_log.h>
 #include <lockstep/train/trainer.h>
 

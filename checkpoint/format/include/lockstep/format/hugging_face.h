@@ -58,6 +58,7 @@ void import_hugging_face(Fs& fs, const std::string& directory, const std::string
 struct HuggingFaceExport {
   std::string dtype = "F32";                ///< F32, BF16 or F16, rounded to nearest, ties to even
   uint64_t max_file_bytes = 5'000'000'000;  ///< of data; the reference's own default. A larger tensor has a file alone
+  Trust trust = Trust::kOwn;                ///< whose checkpoint it may be
 };
 
 /// The way back, of a checkpoint of examples/gpt saved in any layout, each byte verified. config.json comes last, in
