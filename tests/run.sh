@@ -23,7 +23,7 @@ sanitizer() {  # sanitizer PRESET
 fuzz() {  # T6: the seeds are replayed by every other build too
   cmake --preset fuzz > "$logs/fuzz-configure.log" 2>&1 || { cat "$logs/fuzz-configure.log"; return 1; }
   cmake --build build/fuzz -j "$jobs" --target fuzz_targets > "$logs/fuzz-build.log" 2>&1 || { tail -40 "$logs/fuzz-build.log"; return 1; }
-  ctest --test-dir build/fuzz -L fuzz -j "$jobs" --output-on-failure --no-tests=error --output-log "$logs/fuzz.log"
+  ctest --test-dir build/fuzz -L parser_fuzzer -j "$jobs" --output-on-failure --no-tests=error --output-log "$logs/fuzz.log"
 }
 
 export UBSAN_OPTIONS=print_stacktrace=1 LSAN_OPTIONS=suppressions=$PWD/tests/support/lsan.supp TSAN_OPTIONS="suppressions=$PWD/tests/support/tsan.supp halt_on_error=1"
