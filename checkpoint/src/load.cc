@@ -81,7 +81,7 @@ Verdict Store::read(const std::string& path, const std::vector<StateTensor>& sta
     if (!weights_only || format::is_weights_section(tensor.section)) wanted.push_back(&tensor);
   }
   const format::Trust trust = options_.trust_foreign ? format::Trust::kAny : format::Trust::kOwn;
-  const Verdict opened =
+  Verdict opened =
       attempt(world_, doing, options_.timeout, [&] { reader = std::make_unique<format::Reader>(fs_, path, trust); });
   if (opened.outcome != Outcome::kDone) return opened;
   const format::Manifest& manifest = reader->manifest();

@@ -57,6 +57,7 @@ std::vector<PlannedBox> plan_boxes(const std::vector<StateTensor>& state, int wo
 
 void check_same_plan(ProcessGroup& world, const std::vector<StateTensor>& state, const std::vector<PlannedBox>& plan) {
   std::vector<std::string> texts;
+  texts.reserve(state.size());
   for (const StateTensor& tensor : state)
     texts.push_back(tensor.section + " " + tensor.layout.name + " " +
                     describe(tensor.layout.dtype, tensor.layout.shape));

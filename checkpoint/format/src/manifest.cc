@@ -120,7 +120,7 @@ void check_tensor(const StoredTensor& tensor, JsonReader& json, const std::strin
   int64_t bytes = 0;
   if (__builtin_mul_overflow(checked_numel(tensor.shape, what), item_bytes(tensor.dtype), &bytes))
     throw CorruptData(what + " has an impossible shape");
-  const size_t scratch = tensor.boxes.size() * (sizeof(Box*) + sizeof(size_t));
+  const size_t scratch = tensor.boxes.size() * 2 * sizeof(size_t);  // a pointer and an index each
   json.charge(scratch);
   std::vector<size_t> files;
   std::vector<const Box*> boxes;
@@ -178,12 +178,16 @@ std::string parse_settings(JsonReader& json, const std::string& path) {
   return strict_parse(std::string(text), path).dump();
 }
 
+std::string lies_elsewhere(const std::string& key, const std::string& path, size_t file, size_t num_files) {
+  return "tensor '" + key + "' in " + path + " lies in file " + std::to_string(file) + " of " +
+         std::to_string(num_files);
+}
+
 void check_file_indices(const Manifest& manifest, const std::string& path) {
   for (const auto& [key, tensor] : manifest.tensors) {
     for (const StoredBox& stored : tensor.boxes) {
       if (stored.file >= manifest.files.size())
-        throw CorruptData("tensor '" + key + "' in " + path + " lies in file " + std::to_string(stored.file) + " of " +
-                          std::to_string(manifest.files.size()));
+        throw CorruptData(lies_elsewhere(key, path, stored.file, manifest.files.size()));
     }
   }
 }

@@ -35,6 +35,10 @@ std::string name_of(uint32_t user) {
   return (has_name ? std::string(entry.pw_name) + " " : "") + "(uid " + std::to_string(user) + ")";
 }
 
+std::string tensor_in(const std::string& key, const std::string& path) {
+  return "tensor '" + key + "' in '" + path + "'";
+}
+
 // Read and checked in pieces that are still in the cache when they are checked.
 constexpr uint64_t kPieceBytes = uint64_t{512} << 10;
 
@@ -101,13 +105,13 @@ void Reader::open_shard(Folder& folder, const StoredFile& stored) {
     const auto found = shard.entries.find(std::string(*key));
     if (found == shard.entries.end()) continue;
     StoredEntry& stored_entry = found->second;
-    stored_entry.chunk_crcs = parse_crcs(json.read_text(), stored_entry.entry.end - stored_entry.entry.begin,
-                                         "tensor '" + found->first + "' in '" + path + "'");
+    stored_entry.chunk_crcs =
+        parse_crcs(json.read_text(), stored_entry.entry.end - stored_entry.entry.begin, tensor_in(found->first, path));
     checked.insert(found->first);
   }
   json.finish();
   for (const auto& [name, entry] : shard.entries) {
-    if (!checked.contains(name)) throw CorruptData("tensor '" + name + "' in '" + path + "' has no checksums");
+    if (!checked.contains(name)) throw CorruptData(tensor_in(name, path) + " has no checksums");
   }
   shards_.push_back(std::move(shard));
 }
@@ -124,7 +128,7 @@ void Reader::check_boxes() const {
 }
 
 std::string Reader::what(const std::string& key, size_t file) const {
-  return "tensor '" + key + "' in '" + file_path(manifest_.files[file].name) + "'";
+  return tensor_in(key, file_path(manifest_.files[file].name));
 }
 
 void for_each_chunk_run(const Box& stored, const Box& wanted, uint64_t item_bytes,

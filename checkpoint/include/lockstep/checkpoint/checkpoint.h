@@ -87,6 +87,8 @@ class Store {
  public:
   Store(Fs& fs, ProcessGroup& world, Options options);
   ~Store();  ///< waits for what this rank is writing, never for another rank
+  Store(const Store&) = delete;
+  Store& operator=(const Store&) = delete;
 
   /// Whoever is about to write into the run asks first. Collective.
   /// @throws Fenced on every rank, when a newer start owns the run.
