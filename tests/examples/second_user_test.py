@@ -40,35 +40,33 @@ def as_user(group, groups, work):
     return [name for name in said.split("\n") if name]
 
 
-def readable(paths):
-    """Those of the paths that this process can list or read."""
+def open_to_us(paths, try_folder, flags):
+    """Those of the paths that this process can open so, or, of folders, do that with."""
     found = []
     for path in paths:
         try:
             if stat.S_ISDIR(os.lstat(path).st_mode):
-                os.listdir(path)
+                try_folder(path)
             else:
-                os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+                os.close(os.open(path, flags | os.O_NONBLOCK))
             found.append(str(path))
         except OSError:
             pass
     return found
+
+
+def plant(folder):
+    probe = os.path.join(folder, "planted")
+    os.close(os.open(probe, os.O_CREAT | os.O_EXCL, 0o600))
+    os.unlink(probe)
+
+
+def readable(paths):
+    return open_to_us(paths, os.listdir, os.O_RDONLY)
 
 
 def writable(paths):
-    found = []
-    for path in paths:
-        try:
-            if stat.S_ISDIR(os.lstat(path).st_mode):
-                probe = os.path.join(path, "planted")
-                os.close(os.open(probe, os.O_CREAT | os.O_EXCL, 0o600))
-                os.unlink(probe)
-            else:
-                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
-            found.append(str(path))
-        except OSError:
-            pass
-    return found
+    return open_to_us(paths, plant, os.O_WRONLY)
 
 
 def processes_of(run_dir):

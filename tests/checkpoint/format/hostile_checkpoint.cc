@@ -20,11 +20,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-std::string slurp(const fs::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
-
 std::string framed(const std::string& json) {
   const uint64_t length = json.size();
   return std::string(reinterpret_cast<const char*>(&length), sizeof(length)) + json;

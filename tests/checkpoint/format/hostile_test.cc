@@ -261,6 +261,16 @@ std::vector<Bomb> manifest_bombs() {
   };
 }
 
+// Looks at a checkpoint in a process of its own.
+void expect_little_memory(const std::string& directory, const std::string& name) {
+  const auto start = std::chrono::steady_clock::now();
+  const int64_t peak = peak_bytes_of([&] { verify(real_fs(), directory, {}, 1); });
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  EXPECT_GT(peak, 0) << name << ": it died";
+  EXPECT_LE(peak, kMaxPeakBytes) << name;
+  std::cout << name << ": peak " << (peak >> 20) << " MiB, " << seconds << " s\n";
+}
+
 TEST(HostileTest, ManifestsOf64MiBTakeNoMoreThan256MiBWhateverTheyHold) {
   if (kSanitized) GTEST_SKIP() << "a sanitizer takes memory of its own";
   for (const Bomb& bomb : manifest_bombs()) {
@@ -269,12 +279,7 @@ TEST(HostileTest, ManifestsOf64MiBTakeNoMoreThan256MiBWhateverTheyHold) {
       std::string body = filled(bomb.start, kMaxManifestBytes - 100, bomb.unit) + bomb.end + "\n";
       std::ofstream(directory.path() + "/MANIFEST") << body << "crc32c " << hex8(crc32c(body)) << "\n";
     }
-    const auto start = std::chrono::steady_clock::now();
-    const int64_t peak = peak_bytes_of([&] { verify(real_fs(), directory.path(), {}, 1); });
-    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    EXPECT_GT(peak, 0) << bomb.name << ": it died";
-    EXPECT_LE(peak, kMaxPeakBytes) << bomb.name;
-    std::cout << bomb.name << ": peak " << (peak >> 20) << " MiB, " << seconds << " s\n";
+    expect_little_memory(directory.path(), bomb.name);
   }
 }
 
@@ -305,12 +310,7 @@ TEST(HostileTest, HeadersOf100MBTakeNoMoreThan256MiBWhateverTheyHold) {
       manifest.files = {{"s", head.size(), crc32c(head)}};
       write_durable(real_fs(), directory.path() + "/MANIFEST", encode_manifest(manifest));
     }
-    const auto start = std::chrono::steady_clock::now();
-    const int64_t peak = peak_bytes_of([&] { verify(real_fs(), directory.path(), {}, 1); });
-    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    EXPECT_GT(peak, 0) << bomb.name << ": it died";
-    EXPECT_LE(peak, kMaxPeakBytes) << bomb.name;
-    std::cout << bomb.name << ": peak " << (peak >> 20) << " MiB, " << seconds << " s\n";
+    expect_little_memory(directory.path(), bomb.name);
   }
 }
 

@@ -2,6 +2,8 @@
 
 #include <cstddef>
 #include <filesystem>
+#include <fstream>
+#include <iterator>
 #include <map>
 #include <random>
 #include <span>
@@ -29,6 +31,12 @@ inline void cut(const WrittenTensor& tensor, const Box& box, std::span<std::byte
       target[static_cast<size_t>(to * item + i)] = static_cast<std::byte>(byte * 37 + (byte >> 7) + salt);
     }
   });
+}
+
+/// The bytes of a file.
+inline std::string slurp(const std::filesystem::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
 }
 
 /// A checkpoint folder on the real file system, one file for each box index.
