@@ -259,10 +259,6 @@ TEST(FormatPageTest, TheWorkedExampleIsWhatTheCodeWrites) {
   manifest.tensors["bias"] = {"F32", {3}, {{Box::whole({3}), 0}}};
   write_durable(real_fs(), directory.path() + "/MANIFEST", encode_manifest(manifest));
 
-  const auto slurp = [](const std::string& path) {
-    std::ifstream file(path, std::ios::binary);
-    return std::string(std::istreambuf_iterator<char>(file), {});
-  };
   const std::string page = slurp(std::string(LOCKSTEP_SOURCE_DIR) + "/checkpoint/format/FORMAT.md");
   const std::string shard = slurp(directory.path() + "/" + name);
   const size_t json_end = shard.rfind('}');
