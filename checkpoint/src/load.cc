@@ -144,6 +144,7 @@ std::optional<Progress> Store::load_newest(const std::vector<StateTensor>& state
       return progress;
     }
     if (verdict.outcome == Outcome::kBusy) throw Error(ExitCode::kStorage, verdict.reason);
+    as_owner([] {});  // a newer start may have retired it meanwhile
     reasons += "\n  " + verdict.reason;
     if (world_.rank() == 0) {
       const bool damaged = verdict.outcome == Outcome::kCorrupt;

@@ -37,6 +37,16 @@ void remove_folder(Fs& fs, const std::string& directory) {
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
+// `work` on a thread of its own, or on the one that asks for the result.
+template <typename Work>
+std::future<void> start_part(std::launch how, double& storage_seconds, Work work) {
+  return std::async(how, [&storage_seconds, work] {
+    const auto start = Clock::now();
+    work();
+    storage_seconds += seconds_since(start);
+  });
+}
+
 size_t staged_bytes(const at::Tensor& tensor) { return (tensor.nbytes() + 63) / 64 * 64; }
 
 void copy_bytes(const at::Tensor& from, std::span<std::byte> to) {
@@ -94,7 +104,7 @@ bool Store::begin(const Progress& progress, const std::vector<StateTensor>& stat
   if (verdict.outcome != Outcome::kDone) return false;
   take_boxes(*save);
   save->start = start;
-  save->part = std::async(how, [this, save = save.get()] { write_own_shard(*save); });
+  save->part = start_part(how, save->storage_seconds, [this, save = save.get()] { write_own_shard(*save); });
   save->stall_seconds = seconds_since(start);
   save_ = std::move(save);
   return true;
@@ -119,9 +129,10 @@ std::optional<SaveResult> Store::advance_save() {
   const bool chief = world_.rank() == 0;
   if (verdict.outcome == Outcome::kDone && !save_->has_shards) {
     save_->has_shards = true;
-    save_->part = std::async(chief ? save_->how : std::launch::deferred, [this, chief, save = save_.get()] {
-      if (chief) commit(*save);
-    });
+    save_->part = start_part(chief ? save_->how : std::launch::deferred, save_->storage_seconds,
+                             [this, chief, save = save_.get()] {
+                               if (chief) commit(*save);
+                             });
     save_->stall_seconds += seconds_since(start);
     return std::nullopt;
   }
@@ -131,7 +142,8 @@ std::optional<SaveResult> Store::advance_save() {
   last_save_ = {.step = save->progress.step,
                 .durable = verdict.outcome == Outcome::kDone,
                 .seconds = seconds_since(save->start),
-                .stall_seconds = save->stall_seconds + seconds_since(start)};
+                .stall_seconds = save->stall_seconds + seconds_since(start),
+                .storage_seconds = save->storage_seconds};
   if (!last_save_.durable) return last_save_;
   options_.known_durable.emplace(options_.epoch, save->progress.step);
   if (chief) {

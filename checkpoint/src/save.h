@@ -28,7 +28,7 @@ struct Store::Save {
   bool is_slow = false;                    // has been said
 
   std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
-  double stall_seconds = 0;
+  double stall_seconds = 0, storage_seconds = 0;
   bool has_shards = false;
   std::future<void> part;  // last: it uses all of the above, and is waited for first
 };

@@ -68,9 +68,10 @@ void Store::check_not_fenced() {
   }
 }
 
-void Store::check_owner() {
+void Store::as_owner(const std::function<void()>& work) {
   on_chief(world_, options_.timeout, [&] {
     check_not_fenced();
+    work();
     return std::string();
   });
 }

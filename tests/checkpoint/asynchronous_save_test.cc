@@ -85,6 +85,8 @@ TEST_P(AsynchronousSaveTest, WhatLandsIsWhatWasThereWhenItBegan) {
         EXPECT_EQ(result.step, salt);
         EXPECT_GT(result.stall_seconds, 0);
         EXPECT_LE(result.stall_seconds, result.seconds);
+        EXPECT_GT(result.storage_seconds, 0);
+        EXPECT_LE(result.storage_seconds, result.seconds);
         EXPECT_FALSE(store.is_saving());
       }
     });

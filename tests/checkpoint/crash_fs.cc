@@ -203,10 +203,15 @@ void CrashFs::sync_directory(const std::string& path) {
 
 void CrashFs::rename_exclusive(const std::string& from, const std::string& to) {
   const Lock lock(mutex_);
+  if (exists(to)) throw IoError("renaming to", to, EEXIST);
+  replace_file(from, to);
+}
+
+void CrashFs::replace_file(const std::string& from, const std::string& to) {
+  const Lock lock(mutex_);
   std::string from_name, to_name;
   const size_t directory = parent(from, from_name);
   if (parent(to, to_name) != directory) throw IoError("renaming across folders to", to, EXDEV);
-  if (inodes_[directory].names.contains(to_name)) throw IoError("renaming to", to, EEXIST);
   const auto found = inodes_[directory].names.find(from_name);
   if (found == inodes_[directory].names.end()) throw IoError("renaming", from, ENOENT);
   record({.kind = Kind::kNames, .inode = directory, .names = {{from_name, std::nullopt}, {to_name, found->second}}});

@@ -24,7 +24,7 @@
 namespace lockstep::checkpoint {
 namespace {
 
-constexpr int64_t kSteps = 6, kKeep = 2;
+constexpr int64_t kSteps = 6;
 // Saves that fail: one whose shard cannot be synced, and one whose MANIFEST stands already, under its own name, when
 // the last sync of all fails.
 constexpr int64_t kNoShard = 3, kNoLastSync = 5;
@@ -57,6 +57,7 @@ bool save(Store& store, Form form, const Progress& progress, const std::vector<S
 }
 
 struct Recording {
+  int64_t keep_last;
   CrashFs fs;
   std::vector<Mark> marks = {Mark{}};
 
@@ -90,7 +91,7 @@ void record_saves(int world_size, Form form, Recording& recording) {
     return Fault{};
   });
   run_local_ranks(world_size, [&](ProcessGroup& group) {
-    Store store(faulty, group, {.run_dir = "/run", .keep_last = kKeep});
+    Store store(faulty, group, {.run_dir = "/run", .keep_last = recording.keep_last});
     Progress progress = progress_at(0);
     progress.config_json = R"({"a":")" + std::string(5000, 'a') + R"("})";  // so that a manifest has several pages
     for (progress.step = 1; progress.step <= kSteps; ++progress.step) {
@@ -107,13 +108,13 @@ void record_saves(int world_size, Form form, Recording& recording) {
 // Loads what a power loss has left, into the same tensors each time.
 class Survivor {
  public:
-  explicit Survivor(ProcessGroup& group) : group_(group), state_(state_at(0, 1, 0)) {
+  Survivor(ProcessGroup& group, int64_t keep_last) : group_(group), keep_last_(keep_last), state_(state_at(0, 1, 0)) {
     for (int64_t step = 0; step <= kSteps; ++step) expected_.push_back(state_at(step, 1, 0));
   }
 
   // Empty when all is as promised.
   std::string what_is_wrong(CrashFs& left, const Mark& mark) {
-    Options options{.run_dir = "/run", .keep_last = kKeep, .epoch = 2};
+    Options options{.run_dir = "/run", .keep_last = keep_last_, .epoch = 2};
     for (const int64_t step : mark.durable) options.known_durable.emplace(1, step);
     Store store(left, group_, options);
     clear();
@@ -131,7 +132,7 @@ class Survivor {
       if (!is_step(candidate.step)) return "wrong values of an older step";
       ++good;
     }
-    if (good < std::min<int64_t>(kKeep, static_cast<int64_t>(mark.durable.size()))) return "too few are kept";
+    if (good < std::min(keep_last_, static_cast<int64_t>(mark.durable.size()))) return "too few are kept";
     return store.save(progress_at(9), state_) ? "" : "the run cannot go on";
   }
 
@@ -146,6 +147,7 @@ class Survivor {
   }
 
   ProcessGroup& group_;
+  int64_t keep_last_;
   std::vector<StateTensor> state_;
   std::vector<std::vector<StateTensor>> expected_;  // by step
 };
@@ -184,7 +186,7 @@ size_t load_every_state(const Recording& recording, int64_t stride) {
   Seen seen;
   std::atomic<int> failures{0};
   const auto work = [&](ProcessGroup& group, size_t thread) {
-    Survivor survivor(group);
+    Survivor survivor(group, recording.keep_last);
     for (size_t prefix = 2 + thread; prefix <= recording.fs.num_operations(); prefix += kThreads) {
       const Mark& mark = recording.mark_at(prefix);
       const std::string promised = " " + std::to_string(mark.attempted) + " " + std::to_string(mark.durable.size());
@@ -216,15 +218,21 @@ TEST(CrashTest, WhateverAPowerLossLeavesTheAcknowledgedStepOrALaterOneLoads) {
   const bool is_deep = std::getenv("LOCKSTEP_DEEP") != nullptr;
   FLAGS_minloglevel = google::FATAL;  // each load says what it cleans up
   size_t states = 0;
-  for (const int world_size : {1, 2, 4}) {
-    for (const Form form : {Form::kSynchronous, Form::kInBackground}) {
-      Recording recording;
-      record_saves(world_size, form, recording);
-      const int64_t stride = is_deep ? 1 : std::array{4, 16, 64}.at(world_size / 2);
-      const size_t here = load_every_state(recording, stride);
-      std::printf("%d ranks%s: %zu operations, %zu different states after a power loss\n", world_size,
-                  form == Form::kInBackground ? ", in the background" : "", recording.fs.num_operations(), here);
-      states += here;
+  const auto load_all = [&](int world_size, Form form, int64_t keep_last, int64_t stride) {
+    Recording recording{.keep_last = keep_last};
+    record_saves(world_size, form, recording);
+    const size_t here = load_every_state(recording, stride);
+    std::printf("%d ranks%s, %ld kept: %zu operations, %zu different states after a power loss\n", world_size,
+                form == Form::kInBackground ? ", in the background" : "", static_cast<long>(keep_last),
+                recording.fs.num_operations(), here);
+    states += here;
+  };
+  for (const Form form : {Form::kSynchronous, Form::kInBackground}) {
+    if (is_deep) {
+      for (const int world_size : {1, 2, 3, 4, 5, 7, 8})
+        for (const int64_t keep_last : {2, 3}) load_all(world_size, form, keep_last, 1);
+    } else {
+      load_all(1, form, 2, 4), load_all(2, form, 2, 16), load_all(4, form, 2, 64);
     }
   }
   FLAGS_minloglevel = google::INFO;

@@ -142,6 +142,10 @@ void FaultFs::rename_exclusive(const std::string& from, const std::string& to) {
   if (!state_->before("rename", to).drop) state_->real().rename_exclusive(from, to);
 }
 
+void FaultFs::replace_file(const std::string& from, const std::string& to) {
+  if (!state_->before("rename", to).drop) state_->real().replace_file(from, to);
+}
+
 void FaultFs::remove_file(const std::string& path) {
   if (!state_->before("unlink", path).drop) state_->real().remove_file(path);
 }

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <filesystem>
 
 #include <dirent.h>
@@ -182,6 +183,10 @@ class RealFs : public Fs {
     if (::link(from.c_str(), to.c_str()) != 0)
       fail("linking to", to);  // file systems without NOREPLACE, NFS among them
     if (::unlink(from.c_str()) != 0) fail("unlinking", from);
+  }
+
+  void replace_file(const std::string& from, const std::string& to) override {
+    if (::rename(from.c_str(), to.c_str()) != 0) fail("replacing", to);
   }
 
   void remove_file(const std::string& path) override {

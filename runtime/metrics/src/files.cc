@@ -11,6 +11,7 @@
 
 #include <lockstep/base/error.h>
 #include <lockstep/base/log.h>
+#include <lockstep/base/replacement.h>
 #include <lockstep/metrics/run_log.h>
 
 namespace lockstep::metrics {
@@ -44,43 +45,34 @@ std::string hash_of(const std::string& text) {
   return hex;
 }
 
-// A text file written line by line at its end.
+std::string read_whole(Fs& fs, const std::string& path) {
+  return fs.exists(path) ? read_text(fs, path, kLimitBytes) : "";
+}
+
+// A text file that goes on with the lines it is given, as a file of this start's own.
 class LineFile {
  public:
-  LineFile(Fs& fs, const std::string& path) : file_(fs.open_append(path)), end_(file_->size()) {}
-  void append(const std::string& text) {
-    file_->write_at(end_, std::as_bytes(std::span(text.data(), text.size())));
-    end_ += text.size();
+  LineFile(Fs& fs, const std::string& path, uint64_t epoch, const std::string& kept)
+      : file_(fs, path, epoch, kept), end_(kept.size()) {}
+
+  void add(const std::string& line) { pending_ += line; }
+  size_t pending() const { return pending_.size(); }
+
+  // After a failure nobody knows how much arrived: the same bytes go to the same place with the next call.
+  void flush(bool durably = false) {
+    file_.file().write_at(end_, std::as_bytes(std::span(pending_.data(), pending_.size())));
+    if (durably) file_.file().sync();
+    end_ += pending_.size();
+    pending_.clear();
   }
-  void sync() { file_->sync(); }
+
+  void publish() { file_.publish(); }
 
  private:
-  std::unique_ptr<File> file_;
+  Replacement file_;
   uint64_t end_;
+  std::string pending_;
 };
-
-std::string replacement(const std::string& path) { return path + ".new"; }
-
-// Replaces the file by `text`; a crash at any point leaves the old or the new one for read_whole() to find. There is no
-// renaming over a file in Fs, so for a moment the new one stands alone under its other name.
-void rewrite(Fs& fs, const std::string& path, const std::string& text) {
-  fs.remove_file(replacement(path));
-  write_durable(fs, replacement(path), text);
-  fs.remove_file(path);
-  fs.rename_exclusive(replacement(path), path);
-  fs.sync_directory(path.substr(0, path.rfind('/')));  // else a power loss may bring the old one back
-}
-
-// The whole text of a file of lines, "" when there is none. Ends a replacement that a crash cut short.
-std::string read_whole(Fs& fs, const std::string& path) {
-  if (fs.exists(path)) {
-    fs.remove_file(replacement(path));  // unfinished: the old one still stands
-  } else {
-    if (!fs.exists(replacement(path))) return "";
-    fs.rename_exclusive(replacement(path), path);
-  }
-  return read_text(fs, path, kLimitBytes);
-}
 
 std::optional<nlohmann::json> parse_object(const std::string& line) {
   auto json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
@@ -91,22 +83,23 @@ std::optional<nlohmann::json> parse_object(const std::string& line) {
 
 class MetricsFile::Impl {
  public:
-  Impl(Fs& fs, const std::string& path, int64_t resume_step) : path_(path), file_(fs, cut(fs, path, resume_step)) {}
-  void append(const std::string& line) { pending_ += line; }
+  Impl(Fs& fs, const std::string& path, int64_t resume_step, uint64_t epoch)
+      : path_(path), file_(fs, path, epoch, kept_lines(fs, path, resume_step)) {}
+  void append(const std::string& line) { file_.add(line); }
   void flush() {
     try {
-      file_.append(pending_);
-      pending_.clear();
+      file_.flush();
       is_behind_ = false;
     } catch (const IoError& error) {  // numbers are no reason to stop training
       if (!is_behind_) LOG(WARNING) << error.what() << "; lines wait in memory. Mend: make room in '" << path_ << "'";
       is_behind_ = true;
     }
   }
-  size_t pending() const { return pending_.size(); }
+  void publish() { file_.publish(); }
+  size_t pending() const { return file_.pending(); }
 
  private:
-  static const std::string& cut(Fs& fs, const std::string& path, int64_t resume_step) {
+  static std::string kept_lines(Fs& fs, const std::string& path, int64_t resume_step) {
     std::string kept;
     const std::string text = read_whole(fs, path);
     for (const std::string& line : lines_of(text)) {
@@ -114,19 +107,16 @@ class MetricsFile::Impl {
       if (!json || !json->contains("step") || !json->at("step").is_number_integer()) continue;
       if (json->at("step").get<int64_t>() <= resume_step) kept += line + "\n";
     }
-    // Anew in any case: an older start that was superseded and does not know yet has the old file open, at its old end.
-    if (fs.exists(path)) rewrite(fs, path, kept);
-    return path;
+    return kept;
   }
 
   std::string path_;
   LineFile file_;
-  std::string pending_;
   bool is_behind_ = false;
 };
 
-MetricsFile::MetricsFile(Fs& fs, const std::string& path, int64_t resume_step)
-    : impl_(std::make_unique<Impl>(fs, path, resume_step)) {}
+MetricsFile::MetricsFile(Fs& fs, const std::string& path, int64_t resume_step, uint64_t epoch)
+    : impl_(std::make_unique<Impl>(fs, path, resume_step, epoch)) {}
 
 MetricsFile::~MetricsFile() { flush(); }
 
@@ -138,6 +128,7 @@ void MetricsFile::append(int64_t step, const Scalars& scalars) {
 }
 
 void MetricsFile::flush() { impl_->flush(); }
+void MetricsFile::publish() { impl_->publish(); }
 
 namespace {
 
@@ -175,41 +166,33 @@ int64_t verify_ledger(Fs& fs, const std::string& path) {
 
 class Ledger::Impl {
  public:
-  Impl(Fs& fs, const std::string& path)
-      : fs_(fs), path_(path), last_(open_chain()), file_(std::make_unique<LineFile>(fs, path)) {}
+  Impl(Fs& fs, const std::string& path, uint64_t epoch)
+      : Impl(fs, path, epoch, follow_chain(path, read_whole(fs, path))) {}
 
   void append(const std::string& event, const std::string& fields_json) {
-    if (!file_) {  // after a failure nobody knows how much of the line is there, nor whether it will last
-      last_ = open_chain();
-      file_ = std::make_unique<LineFile>(fs_, path_);
-    }
     nlohmann::ordered_json line = {{"event", event}, {"unix_s", static_cast<int64_t>(std::time(nullptr))}};
     line.update(nlohmann::ordered_json::parse(fields_json));
     line["previous"] = last_;
     const std::string text = line.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
-    auto file = std::move(file_);
-    file->append(text + "\n");
-    file->sync();
-    file_ = std::move(file);
+    file_.add(text + "\n");
     last_ = hash_of(text);
+    file_.flush(/*durably=*/true);
   }
+
+  void publish() { file_.publish(); }
 
  private:
-  // A torn last line is cut off: append() had not returned, so its event was never reported. A file of its own, so that
-  // an older start, which has the one before open, writes no more into it.
-  std::string open_chain() {
-    const Chain chain = follow_chain(path_, read_whole(fs_, path_));
-    if (fs_.exists(path_)) rewrite(fs_, path_, chain.kept);
-    return chain.last;
-  }
+  // A torn last line is left out: append() had not returned, so its event was never reported.
+  Impl(Fs& fs, const std::string& path, uint64_t epoch, const Chain& chain)
+      : file_(fs, path, epoch, chain.kept), last_(chain.last) {}
 
-  Fs& fs_;
-  std::string path_, last_;
-  std::unique_ptr<LineFile> file_;  // null after a failure
+  LineFile file_;
+  std::string last_;  // hash of the last line
 };
 
-Ledger::Ledger(Fs& fs, const std::string& path) : impl_(std::make_unique<Impl>(fs, path)) {}
+Ledger::Ledger(Fs& fs, const std::string& path, uint64_t epoch) : impl_(std::make_unique<Impl>(fs, path, epoch)) {}
 Ledger::~Ledger() = default;
 void Ledger::append(const std::string& event, const std::string& fields_json) { impl_->append(event, fields_json); }
+void Ledger::publish() { impl_->publish(); }
 
 }  // namespace lockstep::metrics

@@ -50,7 +50,10 @@ DEFINE_double(final_learning_rate_fraction, 0.1, "last step's rate as a fraction
 DEFINE_double(decay_fraction, 0.2, "wsd: share of the steps that decays, at the end");
 DEFINE_double(weight_decay, 0.1, "decoupled weight decay of matrices");
 DEFINE_double(clip_norm, 1.0, "limit of the global gradient norm; 0: off");
-DEFINE_int64(checkpoint_interval_steps, 500, "steps between checkpoints; 0: only after the last step");
+DEFINE_int64(checkpoint_interval_steps, -1,
+             "steps between checkpoints; 0: only after the last step; -1: as often as pays, by the measured cost of a "
+             "save and --mean_time_between_failures_h, at least every 10 minutes");
+DEFINE_double(mean_time_between_failures_h, 3, "hours the whole job runs between failures, on average");
 DEFINE_bool(checkpoint_initial, false, "also save before the first step: the initial weights as files");
 DEFINE_bool(
     asynchronous_save, true,
@@ -142,6 +145,7 @@ Options options_from_flags() {
   options.weight_decay = FLAGS_weight_decay;
   options.clip_norm = FLAGS_clip_norm;
   options.checkpoint_interval_steps = FLAGS_checkpoint_interval_steps;
+  options.mean_time_between_failures_h = FLAGS_mean_time_between_failures_h;
   options.checkpoint_initial = FLAGS_checkpoint_initial;
   options.asynchronous_save = FLAGS_asynchronous_save;
   options.keep_checkpoints = FLAGS_keep_checkpoints;

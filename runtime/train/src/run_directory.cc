@@ -27,6 +27,16 @@ void share_folders(const std::string& run_dir, Share share) {
   }
 }
 
+void try_to_write(Fs& fs, const std::string& probe) {
+  fs.remove_file(probe);
+  try {
+    fs.create_exclusive(probe, 0600)->close();
+  } catch (const IoError& error) {
+    if (error.error_number() != EEXIST) throw;  // else another start tries it at this very moment
+  }
+  fs.remove_file(probe);
+}
+
 }  // namespace
 
 void prepare_run_directory(Fs& fs, ProcessGroup& world, const std::string& run_dir, Share share) {
@@ -34,13 +44,8 @@ void prepare_run_directory(Fs& fs, ProcessGroup& world, const std::string& run_d
   if (world.rank() == 0) {
     try {
       make_directories(fs, run_dir);
-      for (const char* part : {"/checkpoints", "/logs"}) {
-        if (!fs.exists(run_dir + part)) fs.make_directory(run_dir + part);
-      }
-      const std::string probe = run_dir + "/.writable";
-      fs.remove_file(probe);
-      fs.create_exclusive(probe, 0600)->close();
-      fs.remove_file(probe);
+      for (const char* part : {"/checkpoints", "/logs"}) make_directories(fs, run_dir + part);
+      try_to_write(fs, run_dir + "/.writable");
     } catch (const IoError& error) {
       throw ConfigError("--run_dir=" + run_dir + " cannot be written: " + error.what() +
                         ". Mend: name a folder this user may create and write");
@@ -52,12 +57,6 @@ void prepare_run_directory(Fs& fs, ProcessGroup& world, const std::string& run_d
     }
   }
   world.barrier();
-}
-
-void write_run_record(Fs& fs, const std::string& run_dir, const std::string& json) {
-  const std::string path = run_dir + "/run.json";
-  fs.remove_file(path);
-  write_durable(fs, path, json + "\n");
 }
 
 RunHistory read_history(Fs& fs, const std::string& run_dir) {

@@ -17,10 +17,6 @@ namespace lockstep::train {
 /// @throws ConfigError with the mend when it cannot be made or written.
 void prepare_run_directory(Fs& fs, ProcessGroup& world, const std::string& run_dir, Share share = Share::kNone);
 
-/// Writes run.json: flags, versions, mesh, hosts, the record of what decides bits. Replaces the one of an earlier
-/// start. Rank 0.
-void write_run_record(Fs& fs, const std::string& run_dir, const std::string& json);
-
 /// What the ledger knows of a run's checkpoints.
 struct RunHistory {
   std::set<std::pair<uint64_t, int64_t>> durable;  ///< (epoch, step)

@@ -17,6 +17,7 @@ struct StepReport {
   int32_t has_correct = 0;
   int32_t stop = 0;     ///< a signal asked for the end
   int32_t writing = 0;  ///< its storage is at work for a checkpoint
+  int32_t save = 0;     ///< it is time for a checkpoint
 
   void merge(const StepReport& other) {
     squares.merge(other.squares);
@@ -26,6 +27,7 @@ struct StepReport {
     has_correct |= other.has_correct;
     stop |= other.stop;
     writing |= other.writing;
+    save |= other.save;
   }
 };
 

@@ -10,6 +10,7 @@
 #include <lockstep/base/error.h>
 #include <lockstep/base/log.h>
 #include <lockstep/base/planted_bug.h>
+#include <lockstep/base/replacement.h>
 #include <lockstep/checkpoint/checkpoint.h>
 #include <lockstep/collectives/arithmetic.h>
 #include <lockstep/data/loader.h>
@@ -24,6 +25,7 @@
 #include "profile.h"
 #include "replica_watch.h"
 #include "run_directory.h"
+#include "save_interval.h"
 #include "step_exchange.h"
 #include "whole_model.h"
 
@@ -38,12 +40,13 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 
 // What rank 0 writes while the run goes on.
 struct Watch {
-  Watch(Fs& fs, const Options& options, int64_t resume_step)
-      : metrics(fs, options.run_dir + "/metrics.jsonl", resume_step),
-        board(options.run_dir, resume_step),
+  Watch(Fs& fs, const Options& options, int64_t resume_step, uint64_t epoch)
+      : ledger(fs, options.run_dir + "/ledger.jsonl", epoch),
+        metrics(fs, options.run_dir + "/metrics.jsonl", resume_step, epoch),
         progress(options.steps, options.log_interval_steps) {}
+  metrics::Ledger ledger;
   metrics::MetricsFile metrics;
-  metrics::TensorBoardWriter board;
+  std::optional<metrics::TensorBoardWriter> board;  // once the run is ours
   metrics::ProgressLine progress;
 };
 
@@ -60,7 +63,8 @@ class Trainer {
         profile_(world, device, fs, options_.run_dir + "/traces", parse_steps(options_.profile_steps),
                  options_.runtime.collective_timeout),
         track_(profile_.track("step")),
-        model_(mesh_, device, task, options_, lanes_, &profile_.trace()) {
+        model_(mesh_, device, task, options_, lanes_, &profile_.trace()),
+        save_interval_(options_.checkpoint_interval_steps, options_.mean_time_between_failures_h * 3600) {
     build_data();
     open_run();
   }
@@ -72,6 +76,7 @@ class Trainer {
   int num_lanes();
   void build_data();
   void open_run();
+  void take_run();
   void watch_replicas();
   void resume(const std::string& began_with);
   void check_progress(const checkpoint::Progress& progress);
@@ -113,8 +118,8 @@ class Trainer {
   ParallelModel model_;
   std::shared_ptr<const data::Dataset> training_, validation_;
   std::unique_ptr<data::TrainingLoader> loader_;
+  SaveInterval save_interval_;
   std::unique_ptr<checkpoint::Store> store_;
-  std::unique_ptr<metrics::Ledger> ledger_;
   std::unique_ptr<Watch> watch_;
   std::optional<ReplicaWatch> replicas_;  // where something has a replica
   std::unique_ptr<Heartbeat> heartbeat_;
@@ -127,6 +132,7 @@ class Trainer {
   int64_t step_ = 0;        // updates finished
   int64_t step_count_ = 0;  // what the coming step counts for, over all ranks
   int64_t saved_step_ = -1;
+  bool save_is_due_ = false;  // by rank 0's clock
   int skipped_in_a_row_ = 0;
   Result result_{.validation_loss = kNan, .validation_accuracy = kNan};
 };
@@ -160,6 +166,7 @@ void Trainer::open_run() {
   if (is_chief() || std::string_view(world_.backend()) != "local")  // ranks that are threads share one log
     start_logging("lockstep", world_.rank(), world_.size(), options_.run_dir + "/logs");
   epoch_ = checkpoint::acquire_epoch(fs_, world_, options_.run_dir, options_.take_over);
+  if (is_chief()) heartbeat_ = std::make_unique<Heartbeat>(fs_, options_.run_dir, epoch_);
   const RunHistory history = is_chief() ? read_history(fs_, options_.run_dir) : RunHistory();
   store_ = std::make_unique<checkpoint::Store>(fs_, world_,
                                                checkpoint::Options{.run_dir = options_.run_dir,
@@ -173,7 +180,7 @@ void Trainer::open_run() {
                                                                    .first_epoch = history.first_epoch,
                                                                    .trust_foreign = options_.trust_foreign_checkpoint});
   resume(all_gather_text(world_, history.from)[0]);
-  if (options_.asynchronous_save && options_.checkpoint_interval_steps > 0) store_->reserve(model_.state());
+  if (options_.asynchronous_save && save_interval_.saves_between()) store_->reserve(model_.state());
   watch_replicas();
   loader_ = std::make_unique<data::TrainingLoader>(training_,
                                                    data::LoaderOptions{.seed = options_.seed,
@@ -182,11 +189,13 @@ void Trainer::open_run() {
                                                                        .leaves = model_.leaves(),
                                                                        .first_step = step_,
                                                                        .pin_memory = device_.is_cuda()});
-  store_->check_owner();  // loading takes long; from here on this start's files replace those of the one before
-  if (!is_chief()) return;
-  heartbeat_ = std::make_unique<Heartbeat>(fs_, options_.run_dir, epoch_);
-  ledger_ = std::make_unique<metrics::Ledger>(fs_, options_.run_dir + "/ledger.jsonl");
-  watch_ = std::make_unique<Watch>(fs_, options_, step_);
+  take_run();
+}
+
+// Loading takes long, so another start may own the run by now. Whoever does puts its files in place of those before,
+// all written by then: nothing of two starts comes between.
+void Trainer::take_run() {
+  if (!is_chief()) return store_->as_owner([] {});
   nlohmann::ordered_json record = {{"task", task_.name()},
                                    {"step", step_},
                                    {"epoch", epoch_},
@@ -200,8 +209,15 @@ void Trainer::open_run() {
                                    {"training_data", training_->fingerprint()}};
   if (!resumed_path_.empty()) record["from"] = resumed_path_;
   if (!changed_.empty()) record["changed"] = changed_;
-  write_run_record(fs_, options_.run_dir, record.dump(2));
-  ledger_->append(result_.resumed_from < 0 ? "start" : "resume", record.dump());
+  Replacement run_record(fs_, options_.run_dir + "/run.json", epoch_, record.dump(2) + "\n");
+  watch_ = std::make_unique<Watch>(fs_, options_, step_, epoch_);
+  watch_->ledger.append(result_.resumed_from < 0 ? "start" : "resume", record.dump());
+  store_->as_owner([&] {
+    watch_->ledger.publish();
+    watch_->metrics.publish();
+    run_record.publish();
+  });
+  watch_->board.emplace(options_.run_dir, step_);
   LOG(INFO) << task_.name() << ": " << model_.num_parameters() << " parameters, " << mesh_.describe() << ", "
             << options_.num_leaves() << " micro-batches of " << options_.micro_batch_size << " a step, "
             << lanes_.size() << " at once on this rank, " << options_.precision << ", run directory "
@@ -277,8 +293,7 @@ Result Trainer::run() {
     step();
     const bool last = step_ == options_.steps;
     if (last) save();
-    if (!last && options_.checkpoint_interval_steps > 0 && step_ % options_.checkpoint_interval_steps == 0)
-      start_save();
+    if (!last && (save_is_due_ || save_interval_.is_due_after(step_))) start_save();
     if (last || (options_.eval_interval_steps > 0 && step_ % options_.eval_interval_steps == 0)) evaluate();
     profile_.end_step(step_, last);
   }
@@ -316,6 +331,7 @@ void Trainer::step() {
   StepReport report = model_.compute(step_, step_count_, batches_);
   report.stop = stop_requested();
   report.writing = store_->is_writing();
+  report.save = is_chief() && !store_->is_saving() && save_interval_.is_due_by_clock();
   const double divisor = static_cast<double>(step_count_);
   report.count = prefetch();
   const double local_squares = is_planted(Plant::kClipOfLocalNorm) ? report.squares.value() : 0;
@@ -349,6 +365,7 @@ void Trainer::step() {
                   seconds_since(start));
   }
   step_count_ = report.count;
+  save_is_due_ = report.save != 0;
   if (store_->is_saving() && !report.writing) advance_save();
   stop_if_asked(report.stop != 0);
 }
@@ -424,7 +441,7 @@ void Trainer::report_step(double loss, double grad_norm, double learning_rate, d
   if (!std::isnan(accuracy)) scalars.emplace_back("accuracy", accuracy);
   watch_->metrics.append(step_, scalars);
   for (auto& [name, value] : scalars) name.insert(0, "train/");
-  watch_->board.scalars(step_, scalars);
+  watch_->board->scalars(step_, scalars);
   watch_->progress.step(step_, loss, learning_rate, grad_norm, rate, unit);
 }
 
@@ -444,8 +461,8 @@ void Trainer::evaluate() {
     scalars.emplace_back("validation/accuracy", result_.validation_accuracy);
     text += ", accuracy " + std::to_string(result_.validation_accuracy);
   }
-  watch_->board.scalars(step_, scalars);
-  watch_->board.flush();
+  watch_->board->scalars(step_, scalars);
+  watch_->board->flush();
   watch_->progress.message("step " + std::to_string(step_) + "  " + text);
 }
 
@@ -496,6 +513,7 @@ void Trainer::finish_save() {
 void Trainer::report_save(const checkpoint::SaveResult& result) {
   const std::string name = "step " + std::to_string(result.step);
   if (result.durable) saved_step_ = result.step;
+  save_interval_.saved(result);
   if (!is_chief()) return;
   if (result.durable) {
     note("durable",
@@ -525,9 +543,9 @@ void Trainer::save_at_last() {
 // A log tells of the run; one that cannot be written does not end it.
 void Trainer::note(const std::string& event, const nlohmann::ordered_json& fields) {
   try {
-    ledger_->append(event, fields.dump());
+    watch_->ledger.append(event, fields.dump());
   } catch (const IoError& error) {
-    LOG(WARNING) << error.what() << "; the ledger lacks '" << event << "' of step " << step_;
+    LOG(WARNING) << error.what() << "; '" << event << "' of step " << step_ << " waits for the ledger's next event";
   }
 }
 

@@ -156,6 +156,17 @@ TEST_F(FsTest, NothingIsOverwritten) {
   }
 }
 
+TEST_F(FsTest, AWholeFileIsReplacedInOneStep) {
+  write("y", "new");
+  fs_.replace_file(dir_ / "y", dir_ / "x");
+  write("y", "newer");
+  fs_.replace_file(dir_ / "y", dir_ / "x");
+  EXPECT_EQ(read("x"), "newer");
+  EXPECT_FALSE(fs_.exists(dir_ / "y"));
+  EXPECT_EQ(error_of([&] { fs_.replace_file(dir_ / "y", dir_ / "x"); }), ENOENT);
+  EXPECT_EQ(read("x"), "newer");
+}
+
 TEST_F(FsTest, RenamesWithAndWithoutTheSystemCall) {
   write("x", "text");
   fs_.rename_exclusive(dir_ / "x", dir_ / "y");

@@ -44,19 +44,22 @@ std::vector<int64_t> steps_in(const std::string& path) {
 class MetricsFileTest : public testing::Test {
  protected:
   void run(int64_t resume_step, int64_t last_step) {
-    MetricsFile file(real_fs(), path_, resume_step);
+    MetricsFile file(real_fs(), path_, resume_step, ++epoch_);
+    file.publish();
     for (int64_t step = std::max<int64_t>(resume_step, 0) + 1; step <= last_step; ++step)
       file.append(step, {{"loss", 1.0 / static_cast<double>(step)}});
   }
 
   TempDir dir_;
   std::string path_ = dir_ / "metrics.jsonl";
+  uint64_t epoch_ = 0;
 };
 
 TEST_F(MetricsFileTest, ALineHoldsTheFiguresOfAStepInOrderAndBitForBit) {
   const double third = 1.0 / 3, tiny = 4.9406564584124654e-324;
   {
-    MetricsFile file(real_fs(), path_, 0);
+    MetricsFile file(real_fs(), path_, 0, 1);
+    file.publish();
     file.append(1, {{"loss", third}, {"grad_norm", std::nan("")}, {"a", -0.0}});
     file.append(2, {{"loss", tiny}, {"grad_norm", std::numeric_limits<double>::infinity()}});
     file.append(3, {});
@@ -79,7 +82,8 @@ TEST_F(MetricsFileTest, AResumeDropsTheStepsThatComeAgain) {
 
 // As after SIGSTOP, --take_over and SIGCONT.
 TEST_F(MetricsFileTest, AnOlderStartThatStillWritesHarmsNoLineOfANewerOne) {
-  MetricsFile older(real_fs(), path_, 0);
+  MetricsFile older(real_fs(), path_, 0, ++epoch_);
+  older.publish();
   older.append(1, {{"loss", 1}});
   older.flush();
   older.append(2, {{"loss", 0.123456789}});  // waits in memory
@@ -97,7 +101,8 @@ TEST_F(MetricsFileTest, LinesThatAreTornOrNoMetricsGo) {
 }
 
 TEST_F(MetricsFileTest, FlushedLinesAreThereBeforeTheEnd) {
-  MetricsFile file(real_fs(), path_, 0);
+  MetricsFile file(real_fs(), path_, 0, 1);
+  file.publish();
   file.append(1, {});
   file.flush();
   EXPECT_THAT(steps_in(path_), ElementsAre(1));
@@ -108,7 +113,8 @@ TEST_F(MetricsFileTest, LinesWaitWhereADiskIsFull) {
   FaultFs fs(real_fs(), [&](const std::string& kind, const std::string&, int64_t) {
     return full && kind == "write" ? Fault{.error_number = ENOSPC, .short_bytes = 4} : Fault{};
   });
-  MetricsFile file(fs, path_, 0);
+  MetricsFile file(fs, path_, 0, 1);
+  file.publish();
   full = true;
   file.append(1, {});
   EXPECT_NO_THROW(file.flush());
@@ -128,7 +134,7 @@ TEST_F(MetricsFileTest, ACrashAtAnyCallOfAResumeLosesNoKeptStep) {
     });
     bool crashed = false;
     try {
-      MetricsFile(fs, path_, 3);
+      MetricsFile(fs, path_, 3, ++epoch_).publish();
     } catch (const IoError&) {
       crashed = true;
     }
@@ -146,13 +152,20 @@ class LedgerTest : public testing::Test {
  protected:
   void fill(int events) {
     for (int i = 0; i < events; ++i) {
-      Ledger ledger(real_fs(), path_);  // each event from a start of its own
-      ledger.append(i == 0 ? "start" : "durable", json{{"step", i}}.dump());
+      append(i == 0 ? "start" : "durable", json{{"step", i}}.dump());
     }
+  }
+
+  // By a start of its own.
+  void append(const std::string& event, const std::string& fields_json = "{}") {
+    Ledger ledger(real_fs(), path_, ++epoch_);
+    ledger.publish();
+    ledger.append(event, fields_json);
   }
 
   TempDir dir_;
   std::string path_ = dir_ / "ledger.jsonl";
+  uint64_t epoch_ = 0;
 };
 
 TEST_F(LedgerTest, EachLineSaysItsEventItsFieldsAndTheHashOfTheLineBefore) {
@@ -170,7 +183,7 @@ TEST_F(LedgerTest, EachLineSaysItsEventItsFieldsAndTheHashOfTheLineBefore) {
 TEST_F(LedgerTest, TheHashIsThePublicOne) {
   // XXH3-128 of this very line, as Python's xxhash.xxh3_128_hexdigest gives it.
   write_durable(real_fs(), path_, "{\"previous\":\"start\"}\n");
-  Ledger(real_fs(), path_).append("end", "{}");
+  append("end");
   EXPECT_EQ(json::parse(lines_of(path_)[1]).at("previous"), "1a4c6610aa3b393691264615a0914c08");
 }
 
@@ -194,7 +207,7 @@ TEST_F(LedgerTest, AnyChangedByteTakenLineOrPutInLineIsFound) {
   replace(path_, lines[0] + "\n" + lines[0] + "\n");
   EXPECT_THROW(verify_ledger(real_fs(), path_), CorruptData);
   try {
-    Ledger ledger(real_fs(), path_);
+    const Ledger ledger(real_fs(), path_, 9);
     ADD_FAILURE() << "went on with a broken ledger";
   } catch (const CorruptData& error) {
     EXPECT_THAT(error.what(), HasSubstr("line 2"));
@@ -202,10 +215,12 @@ TEST_F(LedgerTest, AnyChangedByteTakenLineOrPutInLineIsFound) {
 }
 
 TEST_F(LedgerTest, AnOlderStartThatStillWritesBreaksNoChainOfANewerOne) {
-  Ledger older(real_fs(), path_);
+  Ledger older(real_fs(), path_, 1);
+  older.publish();
   older.append("start", "{}");
   {
-    Ledger newer(real_fs(), path_);
+    Ledger newer(real_fs(), path_, 2);
+    newer.publish();
     newer.append("resume", "{}");
     older.append("durable", R"({"step":7})");
     newer.append("end", "{}");
@@ -221,7 +236,7 @@ TEST_F(LedgerTest, ATornLastLineIsCutOffAndTheChainGoesOn) {
   for (size_t length = last; length < whole.size(); length += 7) {
     replace(path_, whole.substr(0, length));
     EXPECT_EQ(verify_ledger(real_fs(), path_), 2);
-    Ledger(real_fs(), path_).append("resume", "{}");
+    append("resume");
     EXPECT_EQ(verify_ledger(real_fs(), path_), 3);
     EXPECT_EQ(json::parse(lines_of(path_)[2]).at("event"), "resume");
   }
@@ -238,7 +253,8 @@ TEST_F(LedgerTest, AFaultAtAnyCallLosesNoReportedEvent) {
       });
       int64_t reported = 2;
       try {
-        Ledger ledger(fs, path_);
+        Ledger ledger(fs, path_, ++epoch_);
+        ledger.publish();
         for (int i = 0; i < 3; ++i) {
           try {
             ledger.append("durable", R"({"step": 123456})");
@@ -250,7 +266,7 @@ TEST_F(LedgerTest, AFaultAtAnyCallLosesNoReportedEvent) {
         }
       } catch (const IoError&) {
       }
-      Ledger(real_fs(), path_).append("resume", "{}");
+      append("resume");
       EXPECT_GE(verify_ledger(real_fs(), path_), reported + 1) << "fault at call " << k;
       if (fs.calls() <= k) return;
     }
@@ -260,27 +276,30 @@ TEST_F(LedgerTest, AFaultAtAnyCallLosesNoReportedEvent) {
 TEST_F(LedgerTest, EventsGoOnWhereADiskWasFullForAWhile) {
   int64_t writes = 0;
   FaultFs fs(real_fs(), [&](const std::string& kind, const std::string&, int64_t) {
-    const bool fails = kind == "write" && (++writes == 2 || writes == 3);
+    const bool fails = kind == "write" && (++writes == 3 || writes == 4);
     return fails ? Fault{.error_number = ENOSPC, .short_bytes = 9} : Fault{};
   });
-  Ledger ledger(fs, path_);
+  Ledger ledger(fs, path_, 1);
+  ledger.publish();
   ledger.append("start", "{}");
   EXPECT_THROW(ledger.append("skipped", "{}"), IoError);
   EXPECT_THROW(ledger.append("durable", "{}"), IoError);
   ledger.append("end", "{}");
-  EXPECT_EQ(verify_ledger(real_fs(), path_), 2);
+  EXPECT_EQ(verify_ledger(real_fs(), path_), 4) << "those of the time when it was full are there too";
   EXPECT_THAT(lines_of(path_).back(), HasSubstr("end"));
 }
 
 TEST_F(LedgerTest, AnEventIsSyncedBeforeItIsReported) {
   FaultFs fs(real_fs(), [](const std::string&, const std::string&, int64_t) { return Fault{}; });
-  Ledger ledger(fs, path_);
+  Ledger ledger(fs, path_, 1);
+  ledger.publish();
   ledger.append("start", "{}");
-  EXPECT_EQ(fs.log().back(), "sync " + path_);
+  EXPECT_EQ(fs.log().back(), "sync " + path_ + ".e0001");
 }
 
 TEST_F(LedgerTest, WhatIsNoUtf8IsWrittenAsFarAsItCan) {
-  Ledger ledger(real_fs(), path_);
+  Ledger ledger(real_fs(), path_, 1);
+  ledger.publish();
   EXPECT_NO_THROW(ledger.append("start\xff", "{}"));
   EXPECT_EQ(verify_ledger(real_fs(), path_), 1);
 }

@@ -16,6 +16,7 @@
 #include "../base/temp_dir.h"
 #include "heartbeat.h"
 #include "lanes.h"
+#include "save_interval.h"
 #include "step_exchange.h"
 
 namespace lockstep::train {
@@ -62,6 +63,40 @@ TEST(SpareLanesTest, ARankHasAtLeastOneLaneAndRanksOfANodeShareItsCores) {
   });
   EXPECT_GE(alone, 1);
   EXPECT_LE(total, std::max(alone.load(), 8));
+}
+
+TEST(SaveIntervalTest, IsYoungsAndLeavesStorageFree) {
+  EXPECT_DOUBLE_EQ(seconds_between_saves(0.5, 1, 3600), 60);
+  EXPECT_DOUBLE_EQ(seconds_between_saves(0.5, 20, 3600), 200) << "storage is at work for a tenth of the time at most";
+  EXPECT_DOUBLE_EQ(seconds_between_saves(60, 60, 1e6), 600);
+  EXPECT_DOUBLE_EQ(seconds_between_saves(0, 100, 1e6), 600);
+}
+
+TEST(SaveIntervalTest, CountsStepsWhereTheyAreGiven) {
+  const SaveInterval interval(5, 3600);
+  EXPECT_TRUE(interval.saves_between());
+  EXPECT_TRUE(interval.is_due_after(10));
+  EXPECT_FALSE(interval.is_due_after(12));
+  EXPECT_FALSE(interval.is_due_by_clock(SaveInterval::Clock::now() + std::chrono::hours(1)));
+  EXPECT_FALSE(SaveInterval(0, 3600).saves_between());
+  EXPECT_FALSE(SaveInterval(0, 3600).is_due_after(10));
+}
+
+TEST(SaveIntervalTest, GoesByTheClockAndTheLastCost) {
+  using std::chrono::seconds;
+  const auto start = SaveInterval::Clock::now();
+  SaveInterval interval(-1, 3600);
+  EXPECT_TRUE(interval.saves_between());
+  EXPECT_FALSE(interval.is_due_after(500));
+  EXPECT_FALSE(interval.is_due_by_clock(start + seconds(59)));
+  EXPECT_TRUE(interval.is_due_by_clock(start + seconds(61)));
+  interval.saved({.step = 1, .durable = true, .seconds = 9, .stall_seconds = 0.5, .storage_seconds = 1},
+                 start + seconds(100));
+  EXPECT_FALSE(interval.is_due_by_clock(start + seconds(159)));
+  EXPECT_TRUE(interval.is_due_by_clock(start + seconds(161)));
+  interval.saved({.step = 2}, start + seconds(200));
+  EXPECT_FALSE(interval.is_due_by_clock(start + seconds(259))) << "a failed save is not tried again at once";
+  EXPECT_TRUE(interval.is_due_by_clock(start + seconds(261)));
 }
 
 class ExchangeTest : public testing::TestWithParam<int> {};  // world_size

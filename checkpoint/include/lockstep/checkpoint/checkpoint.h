@@ -74,9 +74,10 @@ struct Options {
 /// How a save ended.
 struct SaveResult {
   int64_t step = 0;
-  bool durable = false;      ///< all fsyncs done on every rank; else nothing is left of it
-  double seconds = 0;        ///< from its start until this rank knew
-  double stall_seconds = 0;  ///< of them, those in which the caller of this rank was held up
+  bool durable = false;        ///< all fsyncs done on every rank; else nothing is left of it
+  double seconds = 0;          ///< from its start until this rank knew
+  double stall_seconds = 0;    ///< of them, those in which the caller of this rank was held up
+  double storage_seconds = 0;  ///< of them, those in which storage was at work for this rank
 };
 
 /// Writes and reads checkpoints by the protocol in README.md, files as in checkpoint/format/FORMAT.md. No planning
@@ -90,9 +91,9 @@ class Store {
   Store(const Store&) = delete;
   Store& operator=(const Store&) = delete;
 
-  /// Whoever is about to write into the run asks first. Collective.
-  /// @throws Fenced on every rank, when a newer start owns the run.
-  void check_owner();
+  /// Rank 0 does what only the run's owner may, right after it has looked whether it is. Collective.
+  /// @throws Fenced on every rank, when a newer start owns the run; what `work` throws, if it is an Error.
+  void as_owner(const std::function<void()>& work);
 
   /// Saves; returns when durable (all fsyncs done) on every rank.
   /// @return false when some rank failed: nothing of the attempt is left, older checkpoints are as they were, training

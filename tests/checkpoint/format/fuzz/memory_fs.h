@@ -30,6 +30,7 @@ class MemoryFs : public Fs {
   void rename_exclusive(const std::string& from, const std::string& to) override {
     files[to] = files.extract(from).mapped();
   }
+  void replace_file(const std::string& from, const std::string& to) override { rename_exclusive(from, to); }
   void remove_file(const std::string& path) override { files.erase(path); }
   void remove_directory(const std::string&) override {}
   std::vector<std::string> list_directory(const std::string&) override { return {}; }

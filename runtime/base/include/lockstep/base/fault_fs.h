@@ -43,6 +43,7 @@ class FaultFs : public Fs {
   void make_directory(const std::string& path, int mode) override;
   void sync_directory(const std::string& path) override;
   void rename_exclusive(const std::string& from, const std::string& to) override;
+  void replace_file(const std::string& from, const std::string& to) override;
   void remove_file(const std::string& path) override;
   void remove_directory(const std::string& path) override;
   std::vector<std::string> list_directory(const std::string& path) override;

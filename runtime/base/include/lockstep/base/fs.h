@@ -46,6 +46,8 @@ class Fs {
   virtual void sync_directory(const std::string& path) = 0;
   /// Renames without replacing: fails with EEXIST when `to` is there (renameat2, or link + unlink where it lacks).
   virtual void rename_exclusive(const std::string& from, const std::string& to) = 0;
+  /// Renames over what is at `to`, if anything is, in one step: who looks sees the one or the other.
+  virtual void replace_file(const std::string& from, const std::string& to) = 0;
   virtual void remove_file(const std::string& path) = 0;                         ///< ENOENT is not an error
   virtual void remove_directory(const std::string& path) = 0;                    ///< empty ones only
   virtual std::vector<std::string> list_directory(const std::string& path) = 0;  ///< names, sorted, without . and ..

@@ -20,12 +20,16 @@ using Scalars = std::vector<std::pair<std::string, double>>;
 /// Numbers have the digits that give a reader the same bits back; inf and nan, which JSON lacks, become null. Lines
 /// collect in memory and are written a few kilobytes at a time: what a crash loses belongs to steps that run again.
 /// A disk that is full costs one WARNING, not the run: lines wait in memory until there is room again.
+/// A file of this start's own, which takes the place of the one before with publish(): what an older start still
+/// writes, after SIGSTOP and SIGCONT, goes nowhere.
 class MetricsFile {
  public:
-  /// @param resume_step steps finished so far. Lines of later steps, of an older start, are cut off first, so each step
+  /// @param resume_step steps finished so far. Lines of later steps, of an older start, are left out, so each step
   ///        stands once. <= 0: the file starts anew.
+  /// @param epoch of this start (base/replacement.h).
   /// @throws IoError when the file cannot be made.
-  MetricsFile(Fs& fs, const std::string& path, int64_t resume_step);
+  MetricsFile(Fs& fs, const std::string& path, int64_t resume_step, uint64_t epoch);
+  void publish();  ///< once it is sure that this start owns the run. @throws IoError
   void append(int64_t step, const Scalars& scalars);
   void flush();
   ~MetricsFile();  ///< flushes
@@ -63,13 +67,14 @@ class TensorBoardWriter {
 /// was changed, taken out or put in shows. It guards against accidents and edits, not against a forger.
 class Ledger {
  public:
-  /// Goes on with the file at `path`. A torn last line, of a crash, is cut off.
+  /// Goes on with the events of the file at `path`, in a file of this start's own, as MetricsFile. A torn last line, of
+  /// a crash, is left out.
   /// @throws CorruptData when the chain of an existing file is broken. @throws IoError.
-  Ledger(Fs& fs, const std::string& path);
+  Ledger(Fs& fs, const std::string& path, uint64_t epoch);
+  void publish();
   /// `fields_json`: a JSON object merged into the line. Events: start, resume, durable, skipped, preempted,
   /// replica_fault, end.
-  /// @throws IoError. The next call starts from the lines that are whole, so a disk that was full costs the events
-  /// meanwhile.
+  /// @throws IoError. The next call writes the event too, so a disk that was full for a while costs none.
   void append(const std::string& event, const std::string& fields_json);
   ~Ledger();
   Ledger(const Ledger&) = delete;

@@ -45,7 +45,8 @@ struct Options {
   double clip_norm = 1.0;  ///< <= 0: off
 
   // checkpoint
-  int64_t checkpoint_interval_steps = 500;  ///< <= 0: only the last step
+  int64_t checkpoint_interval_steps = -1;   ///< 0: only the last step; < 0: as often as pays, by what a save costs
+  double mean_time_between_failures_h = 3;  ///< of the whole job; how often saving pays depends on it
   bool checkpoint_initial = false;          ///< also before the first step: the initial weights as files
   bool asynchronous_save = true;            ///< those between: written while training goes on, from a copy
   int64_t keep_checkpoints = 3;
