@@ -169,7 +169,13 @@ void Store::reserve(const std::vector<StateTensor>& state) {
   for (const PlannedBox& planned : plan_boxes(state, world_.size()))
     if (planned.owner == world_.rank()) bytes += staged_bytes(state[planned.tensor].local);
   if (!staging_) staging_ = std::make_unique<Staging>();
-  upkeep_ = std::async(std::launch::async, [this, bytes] { staging_->reserve(bytes); });
+  upkeep_ = std::async(std::launch::async, [this, bytes] {
+    try {
+      staging_->reserve(bytes);
+    } catch (const ConfigError& error) {  // ends the save that needs it, if one comes
+      LOG(WARNING) << error.what();
+    }
+  });
 }
 
 // What this rank writes: in the background a copy, as the tensors go on changing; else their own memory.

@@ -22,7 +22,8 @@ LateGather::LateGather(ProcessGroup& group, const std::vector<Parameter>& parame
     bytes += static_cast<int64_t>(tensor.nbytes());
     needs_[unit] = buckets_.size() + 1;
     const int64_t limit = buckets_.empty() ? std::min(kFirstBucketBytes, bucket_bytes) : bucket_bytes;
-    if (i + 1 < parameters.size() && bytes < limit) continue;
+    const bool is_last = i + 1 == parameters.size();
+    if (!is_last && bytes + static_cast<int64_t>(parameters[i + 1].tensor.nbytes()) <= limit) continue;
     ParameterGather gather(group, together, timeout);
     buckets_.push_back({std::exchange(together, {}), std::move(gather)});
     bytes = 0;

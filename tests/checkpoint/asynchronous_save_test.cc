@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <thread>
 
+#include <ATen/ops/zeros.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -181,6 +182,20 @@ TEST_P(AsynchronousSaveTest, AFailureInTheBackgroundCostsThatSaveAlone) {
     expect_newest(run.path(), step, static_cast<int>(step));
   }
   EXPECT_GT(failed, 8) << "calls of which a save consists";
+}
+
+// The save that needs no copy, of a run's end, must not suffer for it.
+TEST(StagingTest, ACopyThatFindsNoMemoryEndsTheSaveThatNeedsItAlone) {
+  const TempDir run;
+  run_local_ranks(1, [&](ProcessGroup& group) {
+    constexpr int64_t kRows = int64_t{1} << 57;
+    Store store(real_fs(), group, {.run_dir = run.path()});
+    ShardLayout layout = ShardLayout::sharded("huge", {kRows}, "F64", 0, 1);
+    const std::vector<StateTensor> huge = {{"weights", std::move(layout), at::zeros({1}, at::kDouble).expand({kRows})}};
+    store.reserve(huge);
+    EXPECT_TRUE(store.save(progress_at(1), make_state(Cut::kRows, 1, 0, 1)));
+    EXPECT_THROW(store.start_save(progress_at(2), huge), ConfigError);
+  });
 }
 
 TEST(StagingTest, MemoryIsKeptAndGrows) {

@@ -17,6 +17,7 @@
 #include <lockstep/format/manifest.h>
 #include <lockstep/format/reader.h>
 
+#include "../support/log_catcher.h"
 #include "format/written_checkpoint.h"
 #include "state.h"
 #include "temp_dir.h"
@@ -25,23 +26,6 @@ namespace lockstep::checkpoint {
 namespace {
 
 using testing::HasSubstr;
-
-// Collects the errors the ranks log.
-class LogCatcher : public google::LogSink {
- public:
-  LogCatcher() { google::AddLogSink(this); }
-  LogCatcher(const LogCatcher&) = delete;
-  LogCatcher& operator=(const LogCatcher&) = delete;
-  ~LogCatcher() override { google::RemoveLogSink(this); }
-  void send(google::LogSeverity severity, const char*, const char*, int, const struct ::tm*, const char* message,
-            size_t length) override {
-    if (severity >= google::ERROR) errors_ += std::string(message, length) + "\n";
-  }
-  const std::string& errors() const { return errors_; }
-
- private:
-  std::string errors_;
-};
 
 struct FaultCase {
   int world_size;
@@ -93,7 +77,7 @@ TEST_P(EveryCallTest, AFailedSaveHarmsNothingSaysWhyLeavesNothingAndTheNextOneWo
     ASSERT_LT(k, 1000);
     triggered = false;
     std::string victim;
-    const LogCatcher log;
+    const test::LogCatcher log(google::GLOG_ERROR);
     FaultFs faulty(real_fs(), [&](const std::string& kind, const std::string& path, int64_t call) {
       if (call != k) return Fault{};
       triggered = true;
@@ -102,8 +86,8 @@ TEST_P(EveryCallTest, AFailedSaveHarmsNothingSaysWhyLeavesNothingAndTheNextOneWo
     });
     const bool saved = save(faulty, step + 1, static_cast<int>(step + 1));
     if (triggered) {
-      EXPECT_THAT(log.errors(), HasSubstr(victim)) << "call " << k;
-      EXPECT_THAT(log.errors(), HasSubstr("errno " + std::to_string(error_number))) << "call " << k;
+      EXPECT_THAT(log.text(), HasSubstr(victim)) << "call " << k;
+      EXPECT_THAT(log.text(), HasSubstr("errno " + std::to_string(error_number))) << "call " << k;
     }
     if (saved) ++step;  // what failed came after the commit: the removal of an old one
     failed_saves += saved ? 0 : 1;

@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <filesystem>
 #include <functional>
-#include <mutex>
 
 #include <sys/stat.h>
 #include <unistd.h>
@@ -18,6 +17,7 @@
 #include <lockstep/format/manifest.h>
 #include <lockstep/format/reader.h>
 
+#include "../support/log_catcher.h"
 #include "state.h"
 #include "temp_dir.h"
 
@@ -64,27 +64,6 @@ Loaded load(const std::string& run_dir, bool trust_foreign, const std::string& p
   return loaded;
 }
 
-class Warnings : public google::LogSink {
- public:
-  Warnings() { google::AddLogSink(this); }
-  Warnings(const Warnings&) = delete;
-  Warnings& operator=(const Warnings&) = delete;
-  ~Warnings() override { google::RemoveLogSink(this); }
-  void send(google::LogSeverity severity, const char*, const char*, int, const google::LogMessageTime&,
-            const char* message, size_t length) override {
-    const std::lock_guard lock(mutex_);
-    if (severity == google::GLOG_WARNING) text_ += std::string(message, length) + "\n";
-  }
-  std::string text() {
-    const std::lock_guard lock(mutex_);
-    return text_;
-  }
-
- private:
-  std::mutex mutex_;
-  std::string text_;
-};
-
 TEST(ForeignCheckpointTest, EndsTheLoadUntilAPersonTrustsItAndThenSaysWhoseItIs) {
   if (::geteuid() != 0) GTEST_SKIP() << "only root gives files away";
   const TempDir run;
@@ -97,7 +76,7 @@ TEST(ForeignCheckpointTest, EndsTheLoadUntilAPersonTrustsItAndThenSaysWhoseItIs)
     EXPECT_EQ(refused.code, ExitCode::kConfig) << "a person decides, not a fall-back";
     EXPECT_THAT(refused.error, AllOf(HasSubstr("uid 65534"), HasSubstr("--trust_foreign_checkpoint")));
     EXPECT_FALSE(std::filesystem::exists(newest + "/" + format::kQuarantineName)) << "it is not damaged";
-    Warnings warnings;
+    const test::LogCatcher warnings(google::GLOG_WARNING);
     EXPECT_EQ(load(run.path(), /*trust_foreign=*/true, path).step, 20);
     const std::string digest = format::Reader(real_fs(), newest, format::Trust::kAny).manifest_digest();
     EXPECT_THAT(warnings.text(), AllOf(HasSubstr("(uid 65534)"), HasSubstr("epoch 7"), HasSubstr(digest)));

@@ -2,7 +2,7 @@
 of them is stopped for a while (SIGSTOP). One line of steps comes out of it, with the bits of an undisturbed run: whoever is not its owner ends
 with 73, and no file holds anything of two of them.
 
-20 cases, 500 with LOCKSTEP_DEEP. And bursts: starts at the very same moment on one folder, new or used, so that they meet before any of them trains."""
+20 cases, 500 with LOCKSTEP_DEEP. And bursts: five at the very same moment on one folder, new or used, so that they meet before any of them trains."""
 
 import concurrent.futures
 import json

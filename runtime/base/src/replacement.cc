@@ -1,9 +1,8 @@
-#include <lockstep/base/replacement.h>
-
 #include <cstdio>
 
 #include <lockstep/base/error.h>
 #include <lockstep/base/log.h>
+#include <lockstep/base/replacement.h>
 
 namespace lockstep {
 
