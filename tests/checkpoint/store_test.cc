@@ -3,6 +3,7 @@
 #include <map>
 #include <set>
 #include <sstream>
+#include <utility>
 
 #include <ATen/ops/arange.h>
 #include <ATen/ops/equal.h>
@@ -346,6 +347,30 @@ TEST(StoreTest, AStartThatIsSupersededWhileItWritesIsStoppedBeforeTheManifest) {
   });
   EXPECT_FALSE(renamed);
   EXPECT_TRUE(names_in(run.path() + "/checkpoints").empty());
+}
+
+// While it loads, the newer one goes on and retires what it reads.
+TEST(StoreTest, AStartThatIsSupersededWhileItLoadsSaysSoAndMarksNothing) {
+  const TempDir run;
+  run_local_ranks(2, [&](ProcessGroup& group) {
+    Store(real_fs(), group, {.run_dir = run.path()}).save(progress_at(1), make_state(Cut::kRows, 2, group.rank(), 1));
+  });
+  const std::string checkpoint = run.path() + "/checkpoints/" + format::directory_name(1, 1);
+  bool superseded = false;
+  FaultFs fs(real_fs(), [&](const std::string& kind, const std::string& path, int64_t) {
+    if (kind == "open" && path.find("shard-") != std::string::npos && !std::exchange(superseded, true)) {
+      for (int epoch = 1; epoch <= 3; ++epoch) format::create_epoch(real_fs(), run.path(), {.take_over = true});
+      for (const auto& file : std::filesystem::directory_iterator(checkpoint)) std::filesystem::remove(file);
+    }
+    return Fault{};
+  });
+  run_local_ranks(2, [&](ProcessGroup& group) {
+    Store store(fs, group, {.run_dir = run.path(), .epoch = 2});
+    const auto state = make_state(Cut::kRows, 2, group.rank(), 0, /*filled=*/false);
+    EXPECT_THROW(store.load_newest(state), Fenced);
+  });
+  EXPECT_TRUE(superseded);
+  EXPECT_TRUE(std::filesystem::is_empty(checkpoint)) << "put in quarantine";
 }
 
 TEST(StoreTest, TensorsThatDoNotFitTheirLayoutAreABugNotAFile) {
