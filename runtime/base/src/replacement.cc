@@ -29,10 +29,10 @@ void Replacement::publish() {
   const size_t slash = path_.rfind('/');
   const std::string folder = slash == std::string::npos ? "." : path_.substr(0, slash);
   fs_.sync_directory(folder);
-  const std::string own = aside().substr(slash + 1), prefix = path_.substr(slash + 1) + ".e";
+  const std::string own = aside().substr(slash + 1), ours = path_.substr(slash + 1) + ".e", inside = folder + "/";
   for (const std::string& name : fs_.list_directory(folder)) {
-    if (name.starts_with(prefix) && (name.size() < own.size() || (name.size() == own.size() && name < own)))
-      fs_.remove_file(folder + "/" + name);
+    const bool is_older = name.size() < own.size() || (name.size() == own.size() && name < own);
+    if (name.starts_with(ours) && is_older) fs_.remove_file(inside + name);
   }
 }
 
