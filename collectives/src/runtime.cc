@@ -9,6 +9,7 @@
 
 #include <lockstep/base/error.h>
 #include <lockstep/base/fs.h>
+#include <lockstep/base/launch_records.h>
 #include <lockstep/base/log.h>
 #include <lockstep/collectives/arithmetic.h>
 #include <lockstep/collectives/local_group.h>
@@ -146,14 +147,17 @@ Runtime::~Runtime() = default;
 int run_rank(const RuntimeOptions& options, const std::function<int(Runtime&)>& body) {
   install_stop_handlers();        // first: a signal before this would kill the rank
   share_new_files(Share::kNone);  // before MPI and the log make files
+  const LaunchRecords records = LaunchRecords::from_environment(process_environment());
   std::unique_ptr<Runtime> runtime;
   int rank = 0;
   try {
     const RankInfo info = rank_info_from_environment(process_environment());
     rank = info.rank;
     start_logging("lockstep", info.rank, info.world_size);
+    records.record_crashes(info.rank, info.world_size);  // before MPI, which takes over only what nobody has
     if (info.has_mpi && info.launcher != "srun") prctl(PR_SET_PDEATHSIG, SIGKILL);  // no rank outlives its mpirun
     runtime = start_runtime(info, options);
+    if (rank == 0) records.say_ready();
     int code = 0;
     try {
       code = body(*runtime);
@@ -163,11 +167,15 @@ int run_rank(const RuntimeOptions& options, const std::function<int(Runtime&)>& 
     }
     runtime->world().close();
     if (mpi_is_up()) MPI_Finalize();
+    if (rank == 0) records.say_done(code);
     return code;
   } catch (...) {
     const Failure failure = describe_current_exception();
     const int code = static_cast<int>(failure.code);
-    if (failure.code != ExitCode::kConfig || rank == 0 || !rank_zero_says_it()) LOG(ERROR) << failure.message;
+    if (failure.code != ExitCode::kConfig || rank == 0 || !rank_zero_says_it()) {
+      records.say_failed(rank, code, failure.message);  // first: standard error may be lost
+      LOG(ERROR) << failure.message;
+    }
     if (runtime) runtime->world().abort();
     google::FlushLogFiles(google::INFO);
     if (mpi_is_up()) MPI_Abort(MPI_COMM_WORLD, code);

@@ -1,6 +1,7 @@
 #include <iostream>
 
 #include <lockstep/base/error.h>
+#include <lockstep/base/launch_records.h>
 #include <lockstep/base/log.h>
 #include <lockstep/train/flags.h>
 #include <lockstep/train/trainer.h>
@@ -15,9 +16,12 @@ int run_training(int argc, char** argv, const char* usage, const char* own_file,
     options = options_from_flags();
     if (options.runtime.device == "auto") options.runtime.device = "cpu";  // where the step's kernels are so far
   } catch (const Error& error) {  // before MPI is up: every rank finds the same, one says it
-    if (rank_info_from_environment(process_environment()).rank == 0)
+    const int code = static_cast<int>(error.exit_code());
+    if (rank_info_from_environment(process_environment()).rank == 0) {
+      LaunchRecords::from_environment(process_environment()).say_failed(0, code, error.what());
       std::cerr << argv[0] << ": " << error.what() << "\n";
-    return static_cast<int>(error.exit_code());
+    }
+    return code;
   }
   return run_rank(options.runtime, [&](Runtime& runtime) {
     if (runtime.world().rank() == 0) VLOG(1) << "flags:\n" << shared_flags();

@@ -8,6 +8,7 @@
 #include <torch/version.h>
 
 #include <lockstep/base/error.h>
+#include <lockstep/base/launch_records.h>
 #include <lockstep/base/log.h>
 #include <lockstep/base/planted_bug.h>
 #include <lockstep/base/replacement.h>
@@ -290,6 +291,7 @@ Result Trainer::run() {
   step_count_ = exchange(world_, first).count;
   while (step_ < options_.steps) {
     profile_.begin_step(step_);
+    note_step(step_ + 1);
     step();
     const bool last = step_ == options_.steps;
     if (last) save();
