@@ -49,10 +49,14 @@ void FailureScan::take_line(std::string_view text) {
     static const std::regex kAbort("invoked on rank (\\d+)");
     if (std::regex_search(line, match, kAbort)) ended_ = "rank " + match[1].str() + " called MPI_Abort";
   }
-  for (const char* words : {"not enough slots available", "was unable to launch", "was unable to find the specified",
-                            "unable to start", "An internal error has occurred in ORTE",
-                            "unable to allocate the requested", "PRTE has lost communication", "Unknown option"}) {
+  for (const char* words :
+       {"not enough slots available", "was unable to launch", "was unable to find the specified", "unable to start",
+        "An internal error has occurred in ORTE", "unable to allocate the requested", "Unknown option"}) {
     could_not_start_ |= line.find(words) != std::string::npos;
+  }
+  for (const char* words : {"lost communication with a remote daemon", "daemon has unexpectedly failed",
+                            "unable to reliably start one or more daemons"}) {
+    lost_host_ |= line.find(words) != std::string::npos;
   }
 }
 

@@ -19,6 +19,8 @@ class FailureScan {
   std::optional<std::string> first_failure() const;
   /// Whether mpirun said that it could not start the ranks at all.
   bool could_not_start() const { return could_not_start_; }
+  /// Whether mpirun said that a host, or its daemon there, is gone.
+  bool lost_host() const { return lost_host_; }
 
  private:
   void take_line(std::string_view line);
@@ -27,7 +29,7 @@ class FailureScan {
   std::string first_error_;             // the first ERROR line of our logging
   std::string died_, ended_;            // mpirun's own words on the rank that ended the job
   std::string died_rank_, ended_rank_;  // of reports that go on in a later line
-  bool could_not_start_ = false;
+  bool could_not_start_ = false, lost_host_ = false;
 };
 
 }  // namespace lockstep::launcher

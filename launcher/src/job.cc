@@ -18,8 +18,7 @@
 #include <lockstep/base/error.h>
 #include <lockstep/base/unique_handle.h>
 
-#include "failure_scan.h"
-#include "machine.h"
+#include "stop_signals.h"
 
 namespace lockstep::launcher {
 namespace {
@@ -28,23 +27,12 @@ using Clock = std::chrono::steady_clock;
 
 constexpr std::chrono::seconds kMpirunEnds{5};  // TERM to mpirun: its ranks are gone after 2 s (measured, 4.1 and 5.0)
 
-volatile std::sig_atomic_t g_stop = 0, g_interrupts = 0;  // what signal handlers may touch
-void note_signal(int signal) {
-  if (g_stop && signal == SIGINT) g_interrupts = 1;  // only a person says it twice: Slurm sends USR1, then TERM
-  g_stop = 1;
-}
-
-void install_handlers() {
-  struct sigaction action {};
-  action.sa_handler = &note_signal;
-  for (const int signal : {SIGTERM, SIGINT, SIGHUP, SIGUSR1}) sigaction(signal, &action, nullptr);
-  action.sa_handler = SIG_IGN;
-  sigaction(SIGPIPE, &action, nullptr);  // `lockstep run … | head` must not end the training
-}
+// Ours say that they are ready within a second or two; a program that never says so must not wait for long.
+constexpr std::chrono::seconds kSaysReady{10};
 
 class Process {
  public:
-  explicit Process(const Job& job) : job_(job) {
+  explicit Process(const Job& job) : job_(job), started_(Clock::now()) {
     std::array<int, 2> pipe{-1, -1};
     if (job.under_mpirun && ::pipe2(pipe.data(), O_CLOEXEC) != 0)
       throw ConfigError(std::string("cannot make a pipe: ") + std::strerror(errno));
@@ -69,19 +57,19 @@ class Process {
         while (relay()) {
         }
         ::kill(-pid_, SIGKILL);  // whatever of the group is left
-        if (job_.under_mpirun) end_orphans();
+        end_orphans();
         return status;
       }
       act_on_signals();
       std::array<pollfd, 2> watched{
           {{errors_.get(), POLLIN, 0}, {pidfd_.get(), POLLIN, 0}}};  // poll passes over negative ones
-      ::poll(watched.data(), watched.size(), pidfd_.get() >= 0 ? 100 : 5);
+      ::poll(watched.data(), watched.size(), pidfd_.get() < 0 ? 5 : asked_ && !told_ ? 20 : 100);
       relay();
     }
   }
   bool asked() const { return asked_; }
   bool ended_by_us() const { return terminated_; }
-  const FailureScan& scan() const { return scan_; }
+  FailureScan scan() { return std::move(scan_); }
 
  private:
   [[noreturn]] void become_program(pid_t parent, int errors) const {
@@ -91,6 +79,7 @@ class Process {
     ::prctl(PR_SET_PDEATHSIG, job_.under_mpirun ? SIGTERM : SIGKILL);
     if (::getppid() != parent) ::_exit(static_cast<int>(ExitCode::kRunAgain));
     ::signal(SIGPIPE, SIG_DFL);  // ignored ones are inherited
+    for (const auto& [name, value] : job_.environment) ::setenv(name.c_str(), value.c_str(), 1);
     if (errors >= 0) ::dup2(errors, STDERR_FILENO);
     if (::isatty(STDIN_FILENO)) {  // a background group that reads its terminal is stopped
       const int null = ::open("/dev/null", O_RDONLY);
@@ -127,8 +116,8 @@ class Process {
     return true;
   }
 
-  /// mpirun may end a moment before its ranks do (after MPI_Abort; 5.0 killed: for ever). As their subreaper we inherit
-  /// them: the next start must not meet one that still writes.
+  /// mpirun may end a moment before its ranks do (after MPI_Abort; 5.0 killed: for ever), and a program may leave
+  /// something behind. As their subreaper we inherit them: the next start must not meet one that still writes.
   static void end_orphans() {
     const Clock::time_point give_up = Clock::now() + kMpirunEnds;  // one that waits for a dead disk cannot be ended
     for (pid_t done = 0; done >= 0 && Clock::now() < give_up;) {
@@ -140,16 +129,25 @@ class Process {
     }
   }
 
+  /// Whether USR1 finds a handler, as far as one can know.
+  bool may_tell(Clock::time_point now) const {
+    return job_.records.is_ready() || stop_requests() > 1 || now >= started_ + kSaysReady ||
+           now + job_.grace / 2 >= deadline_;
+  }
+
   void act_on_signals() {
     const Clock::time_point now = Clock::now();
-    if (g_stop && !asked_) {
+    if (stop_requests() > 0 && !asked_) {
       asked_ = true;
       deadline_ = now + job_.grace;
+    }
+    if (asked_ && !told_ && may_tell(now)) {
+      told_ = true;
       std::cerr << "lockstep: asked the ranks to save and stop; " << job_.grace.count()
                 << " s of grace, Ctrl-C to end them at once" << std::endl;
       ::kill(pid_, SIGUSR1);
     }
-    if (asked_ && !terminated_ && (g_interrupts || now >= deadline_)) {
+    if (asked_ && !terminated_ && (stop_is_urgent() || now >= deadline_)) {
       terminated_ = true;
       deadline_ = now + kMpirunEnds;
       std::cerr << "lockstep: ending the ranks" << std::endl;
@@ -163,50 +161,18 @@ class Process {
   const Job& job_;
   pid_t pid_ = -1;
   UniqueFd errors_, pidfd_;
-  bool asked_ = false, terminated_ = false;
-  Clock::time_point deadline_{};
+  bool asked_ = false, told_ = false, terminated_ = false;
+  Clock::time_point started_, deadline_{};
   FailureScan scan_;
 };
-
-// DESIGN 4: what a shell would call 128 + signal becomes a code that says what to do next.
-int exit_code_of(int status, const Process& process) {
-  int signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
-  const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
-  if (code > 128 && code < 128 + 32) signal = code - 128;  // mpirun says it so
-  // mpirun 4.1 ends with 0 when it was told to end its ranks, so its 0 does not mean that they were done.
-  if (process.ended_by_us()) return static_cast<int>(ExitCode::kRunAgain);
-  switch (signal) {
-    case 0:
-      // mpirun's own trouble is always 1; a program's 1 is passed on.
-      return code == 1 && process.scan().could_not_start() ? static_cast<int>(ExitCode::kConfig) : code;
-    case SIGKILL:
-    case SIGTERM:
-    case SIGINT:
-    case SIGHUP:
-      return static_cast<int>(ExitCode::kRunAgain);
-    case SIGUSR1:  // our request met a rank that had not set its handler yet: nothing to save
-      return static_cast<int>(process.asked() ? ExitCode::kRunAgain : ExitCode::kBug);
-    default:
-      return static_cast<int>(ExitCode::kBug);
-  }
-}
 
 }  // namespace
 
 JobEnd run_job(const Job& job) {
-  g_stop = 0;
-  g_interrupts = 0;
-  install_handlers();
   ::prctl(PR_SET_CHILD_SUBREAPER, 1);
   Process process(job);
   const int status = process.wait();
-  JobEnd end{exit_code_of(status, process), process.scan().first_failure()};
-  if (process.asked() && end.exit_code == static_cast<int>(ExitCode::kRunAgain))
-    end.first_failure.reset();  // the ranks did as they were asked
-  if (WIFSIGNALED(status) && !job.under_mpirun && !process.ended_by_us())
-    end.first_failure =
-        "the program died by signal " + std::to_string(WTERMSIG(status)) + " (" + signal_name(WTERMSIG(status)) + ")";
-  return end;
+  return {status, process.asked(), process.ended_by_us(), process.scan()};
 }
 
 }  // namespace lockstep::launcher

@@ -16,7 +16,7 @@ void print_help() {
   std::cout << "lockstep: distributed training around LibTorch\n\n";
   for (const Verb* verb : kVerbs) std::cout << "  lockstep " << verb->usage << "\n      " << verb->summary << "\n";
   std::cout << "\nlockstep VERB --help tells more. Exit codes: 0 done, 65 bad data, 70 bug, 73 fenced, 74 storage, 75 "
-               "run again, 78 flags or configuration.\n";
+               "run again, 76 hang, 77 restarts spent, 78 flags or configuration, 79 bad node.\n";
 }
 
 void print_help(const Verb& verb) {

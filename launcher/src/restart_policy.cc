@@ -39,8 +39,7 @@ Decision RestartPolicy::after(const Ending& ending) {
   }
   if (ending.was_asked || restarts_ == 0 || !may_pass(ending)) return stop;
   // A code that invites scripts to run the job again would undo what is decided here.
-  if (ending.exit_code != static_cast<int>(ExitCode::kBug))
-    stop.exit_code = static_cast<int>(ExitCode::kRestartsSpent);
+  if (ending.exit_code != static_cast<int>(ExitCode::kBug)) stop.exit_code = static_cast<int>(ExitCode::kRestartsSpent);
   if (!ending.signature.empty()) {
     const PolicyState::Failure failure{ending.step, ending.signature};
     if (std::find(state_.seen.begin(), state_.seen.end(), failure) != state_.seen.end()) {

@@ -21,11 +21,11 @@ enum class Cause {
 struct Ending {
   int exit_code = 0;  ///< of DESIGN 4
   Cause cause = Cause::kThrown;
-  bool was_asked = false;         ///< to stop, by whomever
-  bool was_ready = false;         ///< all ranks were up
-  std::string signature;          ///< what makes two failures the same; empty: a repetition says nothing
-  std::optional<int64_t> step;    ///< at which it happened
-  int64_t durable_step = -1;      ///< of the newest durable checkpoint after it; -1: none, or nobody knows
+  bool was_asked = false;            ///< to stop, by whomever
+  bool was_ready = false;            ///< all ranks were up
+  std::string signature;             ///< what makes two failures the same; empty: a repetition says nothing
+  std::optional<int64_t> step;       ///< at which it happened
+  int64_t durable_step = -1;         ///< of the newest durable checkpoint after it; -1: none, or nobody knows
   bool can_do_without_host = false;  ///< exit code 79: the bad host is known, and others are enough
 };
 

@@ -1,49 +1,42 @@
+#include <algorithm>
 #include <cstdlib>
+#include <filesystem>
 #include <iostream>
+#include <sstream>
 
 #include <unistd.h>
 
 #include <lockstep/base/error.h>
 #include <lockstep/base/fs.h>
+#include <lockstep/base/rank_info.h>
 
-#include "job.h"
 #include "machine.h"
+#include "run_state.h"
+#include "supervisor.h"
 #include "verbs.h"
 
 namespace lockstep::launcher {
 namespace {
 
 const std::vector<Arguments::Flag> kFlags = {
-    {"n", "RANKS", "ranks to start on this machine; default: one for each core this process may use"},
+    {"n", "RANKS", "ranks to start; default: the slots of the hosts, on this machine one for each core it may use"},
+    {"hosts", "a:4,b:4", "hosts and how many ranks each may hold, filled in this order; those beyond RANKS are spares"},
+    {"hostfile", "FILE",
+     "the same as Open MPI's: NAME slots=N, a host a line. Default: the Slurm allocation around, or "
+     "this machine"},
     {"mpirun", "PATH", "the mpirun to use, Open MPI 4.1 or 5.0; default: the one on PATH"},
+    {"restarts", "N",
+     "how often to start again after a lost rank or host, a crash, a hang or a storage failure; begins anew whenever a "
+     "checkpoint becomes durable (default 3; 0: never)"},
+    {"min_ranks", "N",
+     "go on with as few ranks when hosts are lost, in the largest world the program accepts (default: RANKS)"},
     {"grace_s", "SECONDS",
      "after TERM, INT, HUP or USR1: time the ranks get to save before they are ended (default 30)"},
+    {"bind_to", "core|none", "bind each rank to a core of its own; with no more ranks than cores (default none)"},
     {"tag_output", nullptr, "every line begins with the rank that wrote it, for programs whose own lines do not say"},
 };
 
 void set_default(const char* name, const std::string& value) { ::setenv(name, value.c_str(), /*overwrite=*/0); }
-
-// What Open MPI should know, by environment: no version has to be asked for, as each reads only its own names (4.x the
-// OMPI_MCA_ ones, 5.x the PRTE_MCA_ ones for what mpirun does). A user's own settings win.
-void prepare_environment(int64_t ranks, int cores) {
-  set_default("OMPI_ALLOW_RUN_AS_ROOT", "1");
-  set_default("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
-  set_default("OMPI_MCA_rmaps_base_oversubscribe", "1");
-  set_default("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe");
-  // No binding: Open MPI's default pins the first core for every job on the machine, and two jobs then share it.
-  set_default("OMPI_MCA_hwloc_base_binding_policy", "none");
-  set_default("PRTE_MCA_hwloc_default_binding_policy", "none");
-  if (ranks > cores)
-    set_default("OMPI_MCA_mpi_yield_when_idle", "1");  // a waiting rank must not keep the core from a working one
-  // One host: nothing but shared memory is needed, and looking for networks, displays and OpenCL takes a third of a
-  // start.
-  set_default("OMPI_MCA_btl", "self,vader");
-  set_default("OMPI_MCA_pml", "ob1");
-  set_default("OMPI_MCA_plm", "isolated");
-  set_default("HWLOC_COMPONENTS", "-gl,-opencl");
-  // Ranks see a pipe where the launcher sees a terminal.
-  if (::isatty(STDERR_FILENO)) ::setenv("LOCKSTEP_STDERR_IS_TERMINAL", "1", 1);
-}
 
 // A program that runs alone must not take itself for a rank of whatever launcher this shell was started by.
 void forget_outer_launchers() {
@@ -53,56 +46,112 @@ void forget_outer_launchers() {
   }
 }
 
-Job plan(const Arguments& arguments, int64_t ranks) {
+std::vector<std::string> expand_node_list(const std::string& list) {  // no shell: argv as it is
+  const Answer answer = ask({"scontrol", "show", "hostnames", list});
+  if (answer.exit_code != 0)
+    throw ConfigError("scontrol cannot tell the nodes of SLURM_JOB_NODELIST=" + list + ": " + answer.output +
+                      ". Mend: pass --hosts=a:4,b:4");
+  std::vector<std::string> names;
+  std::istringstream stream(answer.output);
+  for (std::string name; stream >> name;) names.push_back(name);
+  return names;
+}
+
+std::vector<Host> read_hostfile(const std::string& path, int64_t cores) {
+  constexpr uint64_t kMaxBytes = 16 << 20;
+  try {
+    return parse_hostfile(read_text(real_fs(), path, kMaxBytes), cores);
+  } catch (const IoError& error) {
+    throw ConfigError(std::string("--hostfile: ") + error.what() + ". Mend: check the path");
+  }
+}
+
+void find_hosts(Plan& plan, const Arguments& arguments) {
+  if (arguments.has("hosts") && arguments.has("hostfile"))
+    throw ConfigError("--hosts and --hostfile are both given. Mend: one of them");
+  if (const auto list = arguments.find("hosts")) {
+    plan.hosts = parse_host_list(*list);
+  } else if (const auto file = arguments.find("hostfile")) {
+    plan.hosts = read_hostfile(*file, plan.cores);
+  } else {
+    plan.hosts = slurm_hosts(process_environment(), &expand_node_list);
+    plan.in_slurm = !plan.hosts.empty();
+  }
+  plan.on_this_machine =
+      std::all_of(plan.hosts.begin(), plan.hosts.end(), [](const Host& host) { return is_this_machine(host.name); });
+  if (plan.in_slurm && plan.hosts.size() == 1) plan.on_this_machine = true;  // where a batch script runs
+}
+
+void size_world(Plan& plan, const Arguments& arguments) {
+  constexpr int64_t kMostRanks = 65536;
+  const int64_t slots = plan.hosts.empty() ? plan.cores : total_slots(plan.hosts);
+  plan.ranks = arguments.number("n", std::min(slots, kMostRanks), 1, kMostRanks);
+  if (plan.on_this_machine) {
+    plan.hosts = {{"localhost", plan.ranks}};  // more than it has cores is its user's decision
+  } else if (plan.ranks > slots) {
+    throw ConfigError("-n " + std::to_string(plan.ranks) + " ranks on hosts with " + std::to_string(slots) +
+                      " slots. Mend: more hosts, or more slots a host");
+  }
+  plan.min_ranks = arguments.number("min_ranks", plan.ranks, 1, plan.ranks);
+  const std::string binding = arguments.get("bind_to", "none");
+  if (binding != "none" && binding != "core") throw ConfigError("--bind_to=" + binding + " is neither core nor none");
+  plan.bind_to_cores = binding == "core";
+  if (plan.bind_to_cores && plan.on_this_machine && plan.ranks > plan.cores)
+    throw ConfigError("--bind_to=core needs a core a rank, but " + std::to_string(plan.ranks) + " ranks share " +
+                      std::to_string(plan.cores) + ". Mend: leave it out, or start fewer ranks");
+}
+
+std::string find_mpirun(const std::string& wanted) {
+  std::string mpirun = find_program(wanted);
+  if (mpirun.empty())
+    throw ConfigError("'" + wanted +
+                      "' is not there or cannot be executed. Mend: apt-get install openmpi-bin, or pass --mpirun PATH");
+  return mpirun;
+}
+
+Plan plan(const Arguments& arguments) {
   if (!arguments.words().empty())
     throw ConfigError("leftover word '" + arguments.words()[0] +
                       "'. Mend: put -- before the program: lockstep run -n 2 -- PROGRAM FLAGS…");
   if (arguments.rest().empty()) throw ConfigError("no program is named. Mend: lockstep run -n 2 -- PROGRAM FLAGS…");
-  const std::string program = find_program(arguments.rest()[0]);
-  if (program.empty())
+  Plan plan;
+  plan.program = arguments.rest();
+  plan.program[0] = find_program(arguments.rest()[0]);
+  if (plan.program[0].empty())
     throw ConfigError("'" + arguments.rest()[0] +
                       "' is not there or cannot be executed. Mend: check the path, or build it");
-  Job job;
-  job.grace = std::chrono::seconds(arguments.number("grace_s", 30, 0, 86400));
-  job.under_mpirun = ranks > 1;  // alone, MPI is not needed at all: 0.2 s less
-  if (job.under_mpirun) {
-    const std::string wanted = arguments.get("mpirun", "mpirun"), mpirun = find_program(wanted);
-    if (mpirun.empty())
-      throw ConfigError(
-          "'" + wanted +
-          "' is not there or cannot be executed. Mend: apt-get install openmpi-bin, or pass --mpirun PATH");
-    job.command = {mpirun, "-n", std::to_string(ranks)};
-    if (arguments.has("tag_output")) job.command.emplace_back("--tag-output");
-  }
-  job.command.push_back(program);
-  job.command.insert(job.command.end(), arguments.rest().begin() + 1, arguments.rest().end());
-  return job;
+  plan.cores = usable_cores();
+  find_hosts(plan, arguments);
+  size_world(plan, arguments);
+  plan.restarts = arguments.number("restarts", 3, 0, 1'000'000);
+  plan.grace = std::chrono::seconds(arguments.number("grace_s", 30, 0, 86400));
+  plan.tag_output = arguments.has("tag_output");
+  // Alone, MPI is not needed at all: 0.2 s less.
+  if (plan.ranks > 1 || !plan.on_this_machine) plan.mpirun = find_mpirun(arguments.get("mpirun", "mpirun"));
+  plan.run_dir = program_flag(plan.program, "run_dir").value_or("");
+  if (!plan.run_dir.empty()) plan.run_dir = without_slash(std::filesystem::absolute(plan.run_dir).string());
+  return plan;
 }
 
 int run(const Arguments& arguments) {
-  const int cores = usable_cores();
-  const int64_t ranks = arguments.number("n", cores, 1, 65536);
-  const Job job = plan(arguments, ranks);
-  if (!arguments.has("n")) std::cerr << "lockstep: " << ranks << " ranks, one a core; -n chooses" << std::endl;
+  const Plan job = plan(arguments);
+  if (!arguments.has("n") && job.on_this_machine && !job.in_slurm)
+    std::cerr << "lockstep: " << job.ranks << " ranks, one a core; -n chooses" << std::endl;
   set_default("OMP_NUM_THREADS", "1");
   share_new_files(Share::kNone);  // mpirun's files too
-  if (job.under_mpirun) {
-    prepare_environment(ranks, cores);
-  } else {
-    forget_outer_launchers();
-  }
-  const JobEnd end = run_job(job);
-  if (end.exit_code == 0) return 0;
-  if (end.first_failure) std::cerr << "lockstep: first failure: " << *end.first_failure << "\n";
-  std::cerr << "lockstep: the job ended with exit code " << end.exit_code
-            << (end.exit_code == static_cast<int>(ExitCode::kRunAgain) ? "; run the same command again to go on" : "")
-            << "\n";
-  return end.exit_code;
+  // Ranks see a pipe where the launcher sees a terminal.
+  if (::isatty(STDERR_FILENO)) ::setenv("LOCKSTEP_STDERR_IS_TERMINAL", "1", 1);
+  if (job.mpirun.empty()) forget_outer_launchers();
+  return supervise(job);
 }
 
 }  // namespace
 
-const Verb kRun = {"run", "run [-n RANKS] [--mpirun PATH] [--grace_s 30] [--tag_output] -- PROGRAM FLAGS…",
-                   "Starts PROGRAM on RANKS ranks of this machine and passes its exit code on.", &kFlags, &run};
+const Verb kRun = {"run",
+                   "run [-n RANKS] [--hosts a:4,b:4 | --hostfile F] [--restarts 3] [--min_ranks N] [--grace_s 30] … -- "
+                   "PROGRAM FLAGS…",
+                   "Starts PROGRAM on RANKS ranks and passes its exit code on; starts it again from the last durable "
+                   "checkpoint when ranks or hosts are lost.",
+                   &kFlags, &run};
 
 }  // namespace lockstep::launcher

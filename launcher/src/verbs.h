@@ -29,10 +29,9 @@ class Arguments {
   const std::vector<std::string>& words() const { return words_; }
   const std::vector<std::string>& rest() const { return rest_; }
   bool has_rest() const { return has_rest_; }
+  std::optional<std::string> find(const std::string& name) const;  ///< what was given last
 
  private:
-  std::optional<std::string> find(const std::string& name) const;
-
   std::vector<std::pair<std::string, std::string>> values_;
   std::vector<std::string> words_, rest_;
   bool has_rest_ = false;

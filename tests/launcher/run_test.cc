@@ -15,7 +15,7 @@ using testing::HasSubstr;
 using testing::Not;
 
 std::vector<std::string> job(int ranks, const std::vector<std::string>& program) {
-  std::vector<std::string> words = {"run", "-n", std::to_string(ranks), "--", kRank};
+  std::vector<std::string> words = {"run", "-n", std::to_string(ranks), "--restarts", "0", "--", kRank};
   words.insert(words.end(), program.begin(), program.end());
   return words;
 }

@@ -17,7 +17,8 @@ namespace {
 using testing::HasSubstr;
 
 std::vector<std::string> job(int ranks, const std::string& deed, const TempDir& folder, int grace_s = 30) {
-  return {"run", "-n", std::to_string(ranks), "--grace_s", std::to_string(grace_s), "--", kRank, deed, folder.path()};
+  return {"run", "-n", std::to_string(ranks), "--restarts", "0", "--grace_s", std::to_string(grace_s), "--",
+          kRank, deed, folder.path()};
 }
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
@@ -39,6 +40,45 @@ TEST_P(StopTest, EveryRankIsAskedOnceWithUsr1) {
       EXPECT_EQ(times, 1) << "rank " << rank << " of " << ranks;
     }
   }
+}
+
+// Before a rank has its handler, USR1 would end it and the job.
+TEST(Stop, RanksThatAreNotUpYetAreAskedWhenTheyAre) {
+  for (const int ranks : {1, 3}) {
+    const TempDir folder;
+    auto words = job(ranks, "late", folder);
+    words.insert(words.end(), {"0", "1500"});
+    LockstepProcess process(words);
+    ASSERT_TRUE(wait_for_ranks(folder.path(), ranks)) << process.err();
+    process.send(SIGTERM);
+    EXPECT_EQ(process.wait(), 0) << process.err();
+    int times = 0;
+    std::ifstream(folder / "usr1.0") >> times;
+    EXPECT_EQ(times, 1);
+  }
+}
+
+TEST(Stop, AProgramThatNeverSaysItIsReadyIsAskedWhenSomebodyAsksAgain) {
+  const TempDir folder;
+  LockstepProcess process(job(2, "mute", folder));
+  ASSERT_TRUE(wait_for_ranks(folder.path(), 2)) << process.err();
+  const auto start = std::chrono::steady_clock::now();
+  process.send(SIGUSR1);
+  usleep(300'000);
+  EXPECT_EQ(process.err(), "") << "it may not have its handlers yet";
+  process.send(SIGUSR1);
+  EXPECT_EQ(process.wait(), 0) << process.err();
+  EXPECT_LT(seconds_since(start), 8);
+}
+
+TEST(Stop, AProgramThatNeverSaysItIsReadyKeepsHalfOfItsGrace) {
+  const TempDir folder;
+  LockstepProcess process(job(2, "mute", folder, 4));
+  ASSERT_TRUE(wait_for_ranks(folder.path(), 2)) << process.err();
+  const auto start = std::chrono::steady_clock::now();
+  process.send(SIGTERM);
+  EXPECT_EQ(process.wait(), 0) << process.err();
+  EXPECT_GE(seconds_since(start), 1.9);
 }
 
 INSTANTIATE_TEST_SUITE_P(Signals, StopTest, testing::Values(SIGTERM, SIGINT, SIGHUP, SIGUSR1));

@@ -1,0 +1,204 @@
+#include "launch_folder.h"
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <charconv>
+#include <csignal>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+
+#include <poll.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <lockstep/base/error.h>
+#include <lockstep/base/fs.h>
+
+namespace lockstep::launcher {
+namespace {
+
+namespace files = std::filesystem;
+using Clock = std::chrono::steady_clock;
+
+constexpr const char* kSharedMemory = "/dev/shm";
+
+// When a process began, in clock ticks since boot; empty when it is gone or a zombie. Field 22 of /proc/PID/stat; the
+// name in field 2 may hold anything, so we count from the last ')'.
+std::string start_time_of(const std::string& pid) {
+  std::ifstream file("/proc/" + pid + "/stat");
+  std::string stat, state, field;
+  std::getline(file, stat);
+  const size_t name_end = stat.rfind(')');
+  if (name_end == std::string::npos) return "";
+  std::istringstream fields(stat.substr(name_end + 1));
+  fields >> state;
+  for (int number = 4; number <= 22; ++number) fields >> field;
+  return state == "Z" || state == "X" ? "" : field;
+}
+
+std::string own_host() {
+  std::array<char, 65> name{};
+  ::gethostname(name.data(), name.size() - 1);
+  std::string host = name.data();
+  std::replace(host.begin(), host.end(), '.', '_');  // '.' separates
+  return host;
+}
+
+std::string pid_namespace() {  // "pid:[4026531836]"
+  std::error_code ignored;
+  const std::string link = files::read_symlink("/proc/self/ns/pid", ignored).string();
+  return link.size() > 6 ? link.substr(5, link.size() - 6) : "0";
+}
+
+// lockstep-HOST.PID.STARTED.NAMESPACE.
+struct Owner {
+  std::string host, pid, started, pid_namespace;
+};
+
+std::string prefix_of(const Owner& owner) {
+  return "lockstep-" + owner.host + "." + owner.pid + "." + owner.started + "." + owner.pid_namespace + ".";
+}
+
+Owner myself() {
+  const std::string pid = std::to_string(::getpid());
+  return {own_host(), pid, start_time_of(pid), pid_namespace()};
+}
+
+// Whether a name says that a launcher made it that is gone from here.
+bool is_of_the_dead(const std::string& name) {
+  std::vector<std::string> parts;
+  std::istringstream stream(name);
+  for (std::string part; std::getline(stream, part, '.');) parts.push_back(part);
+  constexpr std::string_view kBegin = "lockstep-";
+  if (parts.size() != 5 || !name.starts_with(kBegin)) return false;
+  const Owner owner{parts[0].substr(kBegin.size()), parts[1], parts[2], parts[3]};
+  if (owner.host != own_host() || owner.pid_namespace != pid_namespace()) return false;
+  const bool is_number = !owner.pid.empty() && owner.pid.find_first_not_of("0123456789") == std::string::npos;
+  return is_number && start_time_of(owner.pid) != owner.started;
+}
+
+bool is_our_directory(const std::string& path) {
+  struct stat status {};
+  return ::lstat(path.c_str(), &status) == 0 && S_ISDIR(status.st_mode) && status.st_uid == ::geteuid();
+}
+
+std::string temporary_folder() {
+  const char* named = std::getenv("TMPDIR");
+  return named && *named ? named : "/tmp";
+}
+
+// A fresh folder of mode 0700; empty where it cannot be made.
+std::string make_in(const std::string& parent) {
+  std::string path = parent + "/" + prefix_of(myself()) + "XXXXXX";
+  return ::mkdtemp(path.data()) ? path : "";
+}
+
+void remove_records(const std::string& folder) {
+  try {
+    LaunchRecords(folder).remove();
+  } catch (const IoError&) {  // somebody else's now; the next start has a folder of its own
+  }
+  ::rmdir(folder.c_str());  // stays where somebody left a report in it
+}
+
+bool has_word(const std::string& pid, const std::string& word) {  // in its environment
+  std::ifstream file("/proc/" + pid + "/environ");                // unreadable for other users' processes
+  for (std::string variable; std::getline(file, variable, '\0');) {
+    if (variable == word) return true;
+  }
+  return false;
+}
+
+std::vector<pid_t> processes_with(const std::string& word) {
+  std::vector<pid_t> found;
+  std::error_code error;
+  for (files::directory_iterator entry("/proc", error), end; !error && entry != end; entry.increment(error)) {
+    const std::string name = entry->path().filename();
+    pid_t pid = 0;
+    const auto parsed = std::from_chars(name.data(), name.data() + name.size(), pid);
+    if (parsed.ec != std::errc() || parsed.ptr != name.data() + name.size() || pid == ::getpid()) continue;
+    if (has_word(name, word) && !start_time_of(name).empty()) found.push_back(pid);
+  }
+  return found;
+}
+
+}  // namespace
+
+LaunchFolder::LaunchFolder(const std::string& run_dir) {
+  if (!run_dir.empty()) {
+    std::error_code error;
+    made_run_dir_ = files::create_directories(run_dir, error);  // 0700 by the umask
+    run_dir_ = files::absolute(run_dir, error).string();
+    for (int tries = 0; records_.empty() && tries < 3; ++tries) {  // another launcher may remove launch/ meanwhile
+      ::mkdir((run_dir_ + "/launch").c_str(), 0700);
+      records_ = make_in(run_dir_ + "/launch");
+    }
+  }
+  session_ = make_in(temporary_folder());
+  shared_memory_ = make_in(kSharedMemory);  // else Open MPI's own choice
+  if (session_.empty())
+    throw ConfigError("cannot make a folder in " + temporary_folder() + ": " + std::strerror(errno) +
+                      ". Mend: set TMPDIR to one that can be written");
+  if (records_.empty()) {
+    records_ = session_ + "/records";
+    ::mkdir(records_.c_str(), 0700);
+  }
+}
+
+LaunchFolder::~LaunchFolder() {
+  std::error_code ignored;
+  if (!records_.starts_with(session_ + "/")) remove_records(records_);
+  if (!run_dir_.empty()) {
+    ::rmdir((run_dir_ + "/launch").c_str());
+    if (made_run_dir_) ::rmdir(run_dir_.c_str());  // of a program that refused its flags
+  }
+  files::remove_all(session_, ignored);
+  if (!shared_memory_.empty()) files::remove_all(shared_memory_, ignored);
+}
+
+std::vector<std::string> sweep_dead_launches(const std::string& run_dir) {
+  constexpr std::chrono::seconds kEnds{5};
+  const std::string records = run_dir.empty() ? "" : files::absolute(run_dir).string() + "/launch";
+  std::vector<std::string> told;
+  for (const std::string& parent : {records, temporary_folder(), std::string(kSharedMemory)}) {
+    std::error_code error;
+    if (parent.empty()) continue;
+    std::vector<std::string> dead;
+    for (files::directory_iterator entry(parent, error), end; !error && entry != end; entry.increment(error)) {
+      const std::string name = entry->path().filename();
+      if (is_of_the_dead(name) && is_our_directory(entry->path())) dead.push_back(entry->path());
+    }
+    for (const std::string& folder : dead) {
+      const bool holds_records = parent == records;
+      for (const std::string& launch : {folder, folder + "/records"}) {
+        for (const pid_t pid : end_processes_of(launch, kEnds))
+          told.push_back("process " + std::to_string(pid) + " of an earlier start cannot be ended");
+      }
+      if (holds_records) {
+        remove_records(folder);
+      } else {
+        files::remove_all(folder, error);
+      }
+      told.push_back("removed " + folder + " of a launcher that was killed");
+    }
+  }
+  return told;
+}
+
+std::vector<pid_t> end_processes_of(const std::string& records, std::chrono::milliseconds limit) {
+  const std::string word = "LOCKSTEP_LAUNCH_DIR=" + records;
+  const Clock::time_point give_up = Clock::now() + limit;
+  std::vector<pid_t> left = processes_with(word);
+  while (!left.empty() && Clock::now() < give_up) {
+    for (const pid_t pid : left) ::kill(pid, SIGKILL);
+    ::poll(nullptr, 0, 5);
+    left = processes_with(word);
+  }
+  return left;
+}
+
+}  // namespace lockstep::launcher

@@ -1,0 +1,227 @@
+#include "supervisor.h"
+
+#include <algorithm>
+#include <iomanip>
+#include <iostream>
+#include <random>
+#include <sstream>
+
+#include <unistd.h>
+
+#include <lockstep/base/error.h>
+#include <lockstep/base/fs.h>
+
+#include "job.h"
+#include "launch_folder.h"
+#include "open_mpi.h"
+#include "run_state.h"
+#include "stop_signals.h"
+#include "verdict.h"
+
+namespace lockstep::launcher {
+namespace {
+
+constexpr double kAnswers_s = 5;                   // a host that takes longer to run `true` is no help
+constexpr std::chrono::milliseconds kEnds{5'000};  // a process that waits for a dead disk takes longer
+constexpr int kRunAgain = static_cast<int>(ExitCode::kRunAgain), kConfig = static_cast<int>(ExitCode::kConfig);
+
+std::ostream& say() { return std::cerr << "lockstep: "; }
+
+std::string short_name(const std::string& host) { return host.substr(0, host.find('.')); }
+
+std::string joined(const std::vector<std::string>& words) {
+  std::string text;
+  for (const std::string& word : words) text += (text.empty() ? "" : ", ") + word;
+  return text;
+}
+
+std::string seconds(std::chrono::milliseconds time) {
+  std::ostringstream text;
+  text << std::fixed << std::setprecision(1) << static_cast<double>(time.count()) / 1000 << " s";
+  return text.str();
+}
+
+PolicyState fresh_policy(const std::string& run_dir) {
+  PolicyState state;
+  state.durable_step = newest_durable_step(run_dir);  // of an earlier job: no progress of this one
+  return state;
+}
+
+uint64_t random_seed() {
+  std::random_device device;
+  return uint64_t{device()} << 32 | device();
+}
+
+class Supervisor {
+ public:
+  explicit Supervisor(const Plan& plan)
+      : plan_(plan),
+        state_(load_supervisor_state(plan.run_dir).value_or(SupervisorState{fresh_policy(plan.run_dir), {}, {}, 0})),
+        policy_(plan.restarts, random_seed(), state_.policy) {
+    for (const std::string& line : sweep_dead_launches(plan.run_dir)) say() << line << std::endl;
+    if (state_.starts > 0)
+      say() << "going on for a launcher that was killed; " << state_.policy.restarts_used << " of " << plan.restarts
+            << " restarts are used" << std::endl;
+  }
+
+  int run() {
+    for (;;) {
+      const std::optional<Placement> placement = choose_placement();
+      if (stop_requests() > 0) return kRunAgain;
+      const Ending ending = placement ? start(*placement) : nowhere_to_start();
+      if (placement && is_refusal(ending, *placement)) {
+        state_.refused.insert(placement->ranks());
+        say() << "the program does not accept " << placement->ranks() << " ranks; trying fewer" << std::endl;
+        continue;
+      }
+      const Decision decision = policy_.after(ending);
+      if (!decision.goes_on) return finish(decision);
+      state_.policy = policy_.state();
+      save_supervisor_state(plan_.run_dir, state_);
+      announce(decision);
+      if (!wait_unless_stopped(decision.delay)) return finish({false, kRunAgain, {}, ""});
+    }
+  }
+
+ private:
+  std::optional<Placement> choose_placement() {
+    std::vector<Host> hosts = plan_.hosts;
+    std::erase_if(hosts, [&](const Host& host) { return is_excluded(host.name); });
+    // Slurm has just looked at the nodes of a new job itself.
+    if (!plan_.on_this_machine && !(plan_.in_slurm && state_.starts == 0))
+      hosts = answering(hosts, remote_agent(process_environment(), plan_.in_slurm), kAnswers_s);
+    missing_.clear();
+    for (const Host& host : plan_.hosts) {
+      if (std::find(hosts.begin(), hosts.end(), host) == hosts.end()) missing_.push_back(host.name);
+    }
+    slots_ = total_slots(hosts);
+    return place(hosts, plan_.ranks, plan_.min_ranks, state_.refused);
+  }
+
+  bool is_excluded(const std::string& name) const {
+    return std::any_of(state_.excluded.begin(), state_.excluded.end(),
+                       [&](const std::string& host) { return short_name(host) == short_name(name); });
+  }
+
+  Ending nowhere_to_start() {
+    if (slots_ >= plan_.min_ranks) {  // every size that fits was refused: the program has said why
+      first_failures_.emplace_back("the program accepts no number of ranks from " + std::to_string(plan_.min_ranks) +
+                                   " to " + std::to_string(std::min(slots_, plan_.ranks)));
+      return {.exit_code = kConfig};
+    }
+    first_failures_.push_back("no answer from " + joined(missing_) + ": " + std::to_string(slots_) + " of " +
+                              std::to_string(plan_.ranks) + " ranks have a place, and --min_ranks is " +
+                              std::to_string(plan_.min_ranks));
+    say() << first_failures_.back() << std::endl;
+    return {.exit_code = kRunAgain, .cause = Cause::kLostHost, .durable_step = newest_durable_step(plan_.run_dir)};
+  }
+
+  Ending start(const Placement& placement) {
+    ++state_.starts;
+    LaunchFolder folder(plan_.run_dir);
+    Job job{.command = {},
+            .under_mpirun = !plan_.mpirun.empty(),
+            .grace = plan_.grace,
+            .environment = {{"LOCKSTEP_LAUNCH_DIR", folder.records().folder()}},
+            .records = folder.records()};
+    if (job.under_mpirun) prepare_mpirun(job, folder, placement);
+    job.command.insert(job.command.end(), plan_.program.begin(), plan_.program.end());
+    const int64_t killed_before = out_of_memory_kills();
+    JobEnd end = run_job(job);
+    for (const pid_t pid : end_processes_of(folder.records().folder(), kEnds))
+      say() << "process " << pid << " cannot be ended; is a disk or a device gone?" << std::endl;
+    Verdict verdict = judge({.end = std::move(end),
+                             .under_mpirun = job.under_mpirun,
+                             .on_several_hosts = !plan_.on_this_machine,
+                             .was_ready = job.records.is_ready(),
+                             .done = job.records.done(),
+                             .failures = job.records.failures(),
+                             .out_of_memory_kills = out_of_memory_kills() - killed_before});
+    return complete(std::move(verdict));
+  }
+
+  void prepare_mpirun(Job& job, const LaunchFolder& folder, const Placement& placement) {
+    MpirunStart start{.mpirun = plan_.mpirun,
+                      .placement = placement,
+                      .on_this_machine = plan_.on_this_machine,
+                      .in_slurm = plan_.in_slurm,
+                      .tag_output = plan_.tag_output,
+                      .bind_to_cores = plan_.bind_to_cores,
+                      .cores = plan_.cores,
+                      .hostfile = folder.session() + "/hostfile",
+                      .session = folder.session(),
+                      .shared_memory = folder.shared_memory()};
+    job.environment.merge(open_mpi_environment(start, process_environment()));
+    std::vector<std::string> forwarded = forwarded_variables(environ);
+    forwarded.emplace_back("LOCKSTEP_LAUNCH_DIR");
+    job.command = mpirun_command(start, forwarded);
+    if (plan_.on_this_machine) return;
+    write_durable(real_fs(), start.hostfile, hostfile_text(placement), 0600);
+    say() << placement.describe() << (missing_.empty() ? "" : "; not used: " + joined(missing_)) << std::endl;
+  }
+
+  /// What only the run directory knows.
+  Ending complete(Verdict verdict) {
+    Ending& ending = verdict.ending;
+    ending.durable_step = newest_durable_step(plan_.run_dir);
+    if (verdict.first_failure && !ending.step) {  // one that was killed could not say where it was
+      ending.step = last_reported_step(plan_.run_dir);
+      if (ending.step && ending.was_ready) *verdict.first_failure += ", about step " + std::to_string(*ending.step);
+    }
+    if (ending.exit_code == static_cast<int>(ExitCode::kNodeBad)) exclude_faulty_hosts(ending);
+    if (verdict.first_failure) first_failures_.push_back(*verdict.first_failure);
+    return ending;
+  }
+
+  void exclude_faulty_hosts(Ending& ending) {
+    if (plan_.on_this_machine) return;
+    for (const std::string& host : faulty_hosts(plan_.run_dir)) {
+      state_.excluded.push_back(host);
+      ending.can_do_without_host = true;
+    }
+    std::vector<Host> left = plan_.hosts;
+    std::erase_if(left, [&](const Host& host) { return is_excluded(host.name); });
+    ending.can_do_without_host &= place(left, plan_.ranks, plan_.min_ranks, state_.refused).has_value();
+  }
+
+  /// A smaller world that the program refused before its first step: another size may do.
+  bool is_refusal(const Ending& ending, const Placement& placement) const {
+    return ending.exit_code == kConfig && !ending.was_asked && !ending.step && placement.ranks() < plan_.ranks;
+  }
+
+  void announce(const Decision& decision) const {
+    const int64_t durable = state_.policy.durable_step;
+    if (!first_failures_.empty()) say() << "first failure: " << first_failures_.back() << "\n";
+    say() << "starting again" << (durable >= 0 ? " from step " + std::to_string(durable) : "")
+          << (decision.delay.count() > 0 ? " in " + seconds(decision.delay) : "") << ", restart "
+          << state_.policy.restarts_used << " of " << plan_.restarts << std::endl;
+  }
+
+  int finish(const Decision& decision) {
+    remove_supervisor_state(plan_.run_dir);
+    ::rmdir((plan_.run_dir + "/launch").c_str());
+    if (decision.exit_code == 0) return 0;
+    if (first_failures_.size() == 1) say() << "first failure: " << first_failures_.front() << "\n";
+    for (size_t i = 0; first_failures_.size() > 1 && i < first_failures_.size(); ++i)
+      say() << "first failure of start " << i + 1 << ": " << first_failures_[i] << "\n";
+    if (!decision.why.empty()) say() << decision.why << "\n";
+    say() << "the job ended with exit code " << decision.exit_code
+          << (decision.exit_code == kRunAgain ? "; run the same command again to go on" : "") << std::endl;
+    return decision.exit_code;
+  }
+
+  const Plan& plan_;
+  SupervisorState state_;
+  RestartPolicy policy_;
+  std::vector<std::string> first_failures_, missing_;
+  int64_t slots_ = 0;  // of the hosts that answered last
+};
+
+}  // namespace
+
+int supervise(const Plan& plan) {
+  install_stop_signals();
+  return Supervisor(plan).run();
+}
+
+}  // namespace lockstep::launcher

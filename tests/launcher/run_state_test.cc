@@ -1,0 +1,113 @@
+#include "../../launcher/src/run_state.h"
+
+#include <filesystem>
+#include <fstream>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <lockstep/format/manifest.h>
+
+#include "../runtime/base/temp_dir.h"
+
+namespace lockstep::launcher {
+namespace {
+
+namespace files = std::filesystem;
+using testing::ElementsAre;
+using testing::IsEmpty;
+
+TEST(ProgramFlag, IsReadAsTheProgramReadsIt) {
+  const TempDir folder;
+  std::ofstream(folder / "inner.flags") << "--run_dir=inner\n";
+  std::ofstream(folder / "outer.flags") << "# --run_dir=comment\n  --steps=4\n--flagfile=" << folder / "inner.flags"
+                                        << "\n";
+  const auto of = [](std::vector<std::string> words) { return program_flag(words, "run_dir").value_or("none"); };
+  EXPECT_EQ(of({"gpt", "--run_dir=a"}), "a");
+  EXPECT_EQ(of({"gpt", "-run_dir", "b"}), "b");
+  EXPECT_EQ(of({"gpt", "--run-dir=c"}), "c");
+  EXPECT_EQ(of({"gpt", "--run_dir=a", "--run_dir=d"}), "d");
+  EXPECT_EQ(of({"gpt", "--run_dirs=a", "run_dir=b", "--run_dir"}), "none");
+  EXPECT_EQ(of({"gpt", "--flagfile=" + folder / "outer.flags"}), "inner");
+  EXPECT_EQ(of({"gpt", "--flagfile=" + folder / "outer.flags", "--run_dir=last"}), "last");
+  EXPECT_EQ(of({"gpt", "--run_dir=first", "--flagfile", folder / "outer.flags"}), "inner");
+  EXPECT_EQ(of({"gpt", "--flagfile=/no/such/file"}), "none");
+}
+
+TEST(RunState, TheNewestWholeCheckpointCounts) {
+  const TempDir run;
+  EXPECT_EQ(newest_durable_step(""), -1);
+  EXPECT_EQ(newest_durable_step(run.path()), -1);
+  for (const int step : {3, 6, 9}) {
+    const std::string folder = run / "checkpoints/" + format::directory_name(step, 1);
+    files::create_directories(folder);
+    if (step < 9) std::ofstream(folder + "/MANIFEST") << "x";  // the last save was cut off
+  }
+  EXPECT_EQ(newest_durable_step(run.path()), 6);
+}
+
+TEST(RunState, TheLastReportedStepIsTheLastWholeLines) {
+  const TempDir run;
+  EXPECT_EQ(last_reported_step(run.path()), std::nullopt);
+  std::ofstream file(run / "metrics.jsonl");
+  for (int step = 1; step <= 5000; ++step)
+    file << "{\"step\":" << step << ",\"loss\":2.5,\"more\":\"" << std::string(40, 'x') << "\"}\n";
+  file << "{\"step\":99999";
+  file.close();
+  EXPECT_EQ(last_reported_step(run.path()), 5000);
+}
+
+TEST(RunState, FaultyHostsAreThoseOfTheLastEntryAndOnlyIfCertain) {
+  const TempDir run;
+  const auto write = [&](const std::string& text) { std::ofstream(run / "ledger.jsonl", std::ios::trunc) << text; };
+  EXPECT_THAT(faulty_hosts(run.path()), IsEmpty());
+  write("{\"event\":\"start\"}\n{\"event\":\"replica_fault\",\"is_certain\":true,\"hosts\":[\"b\"]}\n");
+  EXPECT_THAT(faulty_hosts(run.path()), ElementsAre("b"));
+  write("{\"event\":\"replica_fault\",\"is_certain\":false,\"hosts\":[\"a\",\"b\"]}\n");
+  EXPECT_THAT(faulty_hosts(run.path()), IsEmpty());
+  write("{\"event\":\"replica_fault\",\"is_certain\":true,\"hosts\":[\"b\"]}\n{\"event\":\"resume\"}\n");
+  EXPECT_THAT(faulty_hosts(run.path()), IsEmpty());
+}
+
+TEST(SupervisorState, ANewSupervisorReadsWhatAnOldOneWrote) {
+  const TempDir run;
+  EXPECT_FALSE(load_supervisor_state(run.path()));
+  SupervisorState state;
+  state.policy = {2, 1, 40, {{7, "signal 6"}, {std::nullopt, "a hang"}}};
+  state.refused = {7, 5};
+  state.excluded = {"b"};
+  state.starts = 3;
+  save_supervisor_state(run.path(), state);
+  save_supervisor_state(run.path(), state);  // over the first
+  const auto read = load_supervisor_state(run.path());
+  ASSERT_TRUE(read);
+  EXPECT_EQ(read->policy.restarts_used, 2);
+  EXPECT_EQ(read->policy.cycles_without_progress, 1);
+  EXPECT_EQ(read->policy.durable_step, 40);
+  EXPECT_EQ(read->policy.seen, state.policy.seen);
+  EXPECT_EQ(read->refused, state.refused);
+  EXPECT_EQ(read->excluded, state.excluded);
+  EXPECT_EQ(read->starts, 3);
+  remove_supervisor_state(run.path());
+  EXPECT_FALSE(load_supervisor_state(run.path()));
+  EXPECT_TRUE(files::is_empty(run / "launch"));
+}
+
+TEST(SupervisorState, RubbishBeginsANewBudget) {
+  const TempDir run;
+  files::create_directory(run / "launch");
+  for (const char* text : {"", "{", "{}", "[]", "{\"restarts_used\":\"x\"}"}) {
+    std::ofstream(run / "launch/supervisor.json", std::ios::trunc) << text;
+    EXPECT_FALSE(load_supervisor_state(run.path())) << text;
+  }
+}
+
+TEST(SupervisorState, WithoutARunDirectoryNothingIsKept) {
+  const TempDir run;
+  save_supervisor_state("", {});
+  save_supervisor_state(run / "none", {});
+  EXPECT_TRUE(files::is_empty(run.path()));
+}
+
+}  // namespace
+}  // namespace lockstep::launcher

@@ -1,0 +1,117 @@
+#include "../../launcher/src/verdict.h"
+
+#include <csignal>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+namespace lockstep::launcher {
+namespace {
+
+using testing::HasSubstr;
+
+constexpr int exited(int code) { return code << 8; }  // waitpid's status
+
+Evidence under_mpirun(int status, const std::string& said = "") {
+  Evidence evidence{.under_mpirun = true, .was_ready = true};
+  evidence.end.status = status;
+  evidence.end.scan.feed(said);
+  return evidence;
+}
+
+FailureRecord record(int rank, int code, const std::string& message, int signal = 0) {
+  return {.rank = rank, .exit_code = code, .signal = signal, .message = message, .host = "b", .step = 7};
+}
+
+TEST(Verdict, WithoutDoneAZeroIsALostHost) {
+  Evidence evidence = under_mpirun(exited(0));
+  Verdict verdict = judge(evidence);
+  EXPECT_EQ(verdict.ending.exit_code, 75);
+  EXPECT_EQ(verdict.ending.cause, Cause::kLostHost);
+  EXPECT_THAT(verdict.first_failure.value_or(""), HasSubstr("a host or the connection"));
+  evidence.done = 0;
+  EXPECT_EQ(judge(evidence).ending.exit_code, 0);
+  evidence.done.reset();
+  evidence.was_ready = false;  // no program of ours
+  EXPECT_EQ(judge(evidence).ending.exit_code, 0);
+}
+
+TEST(Verdict, WhatTheRanksWroteIsTheCauseAndNotWhatFollowed) {
+  Evidence evidence = under_mpirun(exited(75));
+  evidence.failures = {record(0, 75, "peer lost"), record(2, 70, "died by signal 11 (Segmentation fault)", SIGSEGV),
+                       record(3, 74, "disk full")};
+  const Verdict verdict = judge(evidence);
+  EXPECT_EQ(verdict.ending.exit_code, 70);
+  EXPECT_EQ(verdict.ending.cause, Cause::kCrashed);
+  EXPECT_EQ(verdict.ending.signature, "signal 11");
+  EXPECT_EQ(verdict.ending.step, 7);
+  EXPECT_EQ(verdict.first_failure, "rank 2 died by signal 11 (Segmentation fault) at step 7");
+}
+
+TEST(Verdict, APeersWordOnAKilledRankIsNoCause) {
+  Evidence evidence = under_mpirun(
+      exited(137), "mpirun noticed that process rank 1 with PID 0 on node n exited on signal 9 (Killed).\n");
+  evidence.failures = {record(0, 75, "peer lost")};
+  const Verdict verdict = judge(evidence);
+  EXPECT_EQ(verdict.ending.exit_code, 75);
+  EXPECT_EQ(verdict.ending.cause, Cause::kKilled);
+  EXPECT_EQ(verdict.ending.signature, "");
+  EXPECT_EQ(verdict.first_failure, "rank 1 died by signal 9 (Killed)");
+}
+
+TEST(Verdict, AKillForWantOfMemoryIsNamedAndRemembered) {
+  Evidence evidence = under_mpirun(exited(137));
+  evidence.out_of_memory_kills = 1;
+  const Verdict verdict = judge(evidence);
+  EXPECT_EQ(verdict.ending.exit_code, 75);
+  EXPECT_EQ(verdict.ending.signature, "out of memory");
+  EXPECT_THAT(verdict.first_failure.value_or(""), HasSubstr("want of memory"));
+}
+
+TEST(Verdict, OnSeveralHostsItNamesTheHost) {
+  Evidence evidence = under_mpirun(exited(74));
+  evidence.on_several_hosts = true;
+  evidence.failures = {record(5, 74, "disk full")};
+  EXPECT_EQ(judge(evidence).first_failure, "rank 5 on b at step 7: disk full");
+}
+
+TEST(Verdict, DaemonsAndConnectionsAreHosts) {
+  for (const int code : {205, 255}) {
+    Evidence evidence = under_mpirun(exited(code));
+    EXPECT_EQ(judge(evidence).ending.exit_code, code) << "a program's own, on one host";
+    evidence.on_several_hosts = true;
+    EXPECT_EQ(judge(evidence).ending.exit_code, 75);
+    EXPECT_EQ(judge(evidence).ending.cause, Cause::kLostHost);
+  }
+  Evidence evidence = under_mpirun(exited(1), "ORTE has lost communication with a remote daemon.\n");
+  evidence.on_several_hosts = true;
+  EXPECT_EQ(judge(evidence).ending.cause, Cause::kLostHost);
+}
+
+TEST(Verdict, WhoeverAskedTheRanksToStopTheyStopped) {
+  Evidence evidence = under_mpirun(exited(75));
+  evidence.done = 75;
+  EXPECT_TRUE(judge(evidence).ending.was_asked);
+  EXPECT_EQ(judge(evidence).first_failure, std::nullopt);
+}
+
+TEST(Verdict, AHangIsRememberedByItsStep) {
+  Evidence evidence = under_mpirun(exited(76));
+  evidence.failures = {record(0, 76, "rank 3 never came")};
+  const Ending ending = judge(evidence).ending;
+  EXPECT_EQ(ending.exit_code, 76);
+  EXPECT_EQ(ending.signature, "a hang");
+  EXPECT_EQ(ending.step, 7);
+}
+
+TEST(Verdict, RanksThatWereEndedAfterTheGraceCountAsStopped) {
+  Evidence evidence = under_mpirun(exited(0));
+  evidence.end.was_asked = evidence.end.was_ended_by_us = true;
+  evidence.failures = {record(1, 70, "died by signal 6 (Aborted)", SIGABRT)};
+  const Verdict verdict = judge(evidence);
+  EXPECT_EQ(verdict.ending.exit_code, 75);
+  EXPECT_TRUE(verdict.ending.was_asked);
+}
+
+}  // namespace
+}  // namespace lockstep::launcher
