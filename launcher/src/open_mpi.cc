@@ -69,6 +69,8 @@ std::map<std::string, std::string> open_mpi_environment(const MpirunStart& start
                        {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"},
                        {"OMPI_MCA_pml", "ob1"},
                        {"HWLOC_COMPONENTS", "-gl,-opencl"},  // no displays, no OpenCL
+                       // Ranks whose job is lost have nothing to do in the second that 4.1 leaves them.
+                       {"OMPI_MCA_odls_base_sigkill_timeout", "0"},
                        {"OMPI_MCA_rmaps_base_oversubscribe", "1"},
                        {"OMPI_MCA_rmaps_base_mapping_policy", "slot"},  // node-major
                        {"PRTE_MCA_rmaps_default_mapping_policy", "slot:oversubscribe"}};

@@ -74,7 +74,8 @@ Json to_json(const SupervisorState& state) {
           {"seen", seen},
           {"refused_world_sizes", state.refused},
           {"excluded_hosts", state.excluded},
-          {"starts", state.starts}};
+          {"starts", state.starts},
+          {"job_id", state.job_id}};
 }
 
 SupervisorState from_json(const Json& json) {
@@ -90,6 +91,7 @@ SupervisorState from_json(const Json& json) {
   for (const Json& size : json.at("refused_world_sizes")) state.refused.insert(size.get<int64_t>());
   for (const Json& host : json.at("excluded_hosts")) state.excluded.push_back(host);
   state.starts = json.at("starts");
+  state.job_id = json.at("job_id");
   return state;
 }
 

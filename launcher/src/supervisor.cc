@@ -41,23 +41,23 @@ std::string seconds(std::chrono::milliseconds time) {
   return text.str();
 }
 
-PolicyState fresh_policy(const std::string& run_dir) {
-  PolicyState state;
-  state.durable_step = newest_durable_step(run_dir);  // of an earlier job: no progress of this one
-  return state;
-}
-
 uint64_t random_seed() {
   std::random_device device;
   return uint64_t{device()} << 32 | device();
 }
 
+SupervisorState state_of(const std::string& run_dir) {
+  if (auto saved = load_supervisor_state(run_dir)) return *std::move(saved);
+  SupervisorState state;
+  state.policy.durable_step = newest_durable_step(run_dir);  // of an earlier job: no progress of this one
+  state.job_id = "run-" + std::to_string(random_seed());
+  return state;
+}
+
 class Supervisor {
  public:
   explicit Supervisor(const Plan& plan)
-      : plan_(plan),
-        state_(load_supervisor_state(plan.run_dir).value_or(SupervisorState{fresh_policy(plan.run_dir), {}, {}, 0})),
-        policy_(plan.restarts, random_seed(), state_.policy) {
+      : plan_(plan), state_(state_of(plan.run_dir)), policy_(plan.restarts, random_seed(), state_.policy) {
     for (const std::string& line : sweep_dead_launches(plan.run_dir)) say() << line << std::endl;
     if (state_.starts > 0)
       say() << "going on for a launcher that was killed; " << state_.policy.restarts_used << " of " << plan.restarts
@@ -122,7 +122,7 @@ class Supervisor {
     Job job{.command = {},
             .under_mpirun = !plan_.mpirun.empty(),
             .grace = plan_.grace,
-            .environment = {{"LOCKSTEP_LAUNCH_DIR", folder.records().folder()}},
+            .environment = {{"LOCKSTEP_LAUNCH_DIR", folder.records().folder()}, {"LOCKSTEP_JOB_ID", state_.job_id}},
             .records = folder.records()};
     if (job.under_mpirun) prepare_mpirun(job, folder, placement);
     job.command.insert(job.command.end(), plan_.program.begin(), plan_.program.end());
@@ -153,7 +153,7 @@ class Supervisor {
                       .shared_memory = folder.shared_memory()};
     job.environment.merge(open_mpi_environment(start, process_environment()));
     std::vector<std::string> forwarded = forwarded_variables(environ);
-    forwarded.emplace_back("LOCKSTEP_LAUNCH_DIR");
+    forwarded.insert(forwarded.end(), {"LOCKSTEP_LAUNCH_DIR", "LOCKSTEP_JOB_ID"});
     job.command = mpirun_command(start, forwarded);
     if (plan_.on_this_machine) return;
     write_durable(real_fs(), start.hostfile, hostfile_text(placement), 0600);

@@ -61,18 +61,6 @@ def run_until(bin_dir, run_dir, ranks, flags, step, generator, environment):
     raise AssertionError(f"the run ended with {job.wait()} before step {step}:\n{''.join(said)[-3000:]}")
 
 
-def expect_nothing_lost(run_dir):
-    """Each start goes on where the last durable checkpoint was, or later."""
-    durable, starts = 0, 0
-    for event in runs.events(run_dir):
-        if event["event"] in ("start", "resume"):
-            starts += 1
-            assert event["step"] >= durable, f"start {starts} went back to step {event['step']}, though {durable} was durable"
-        elif event["event"] == "durable":
-            durable = event["step"]
-    return starts
-
-
 def expect_same(bin_dir, run_dir, alone, expected):
     """expected: digests of the run `alone` by folder's step."""
     assert runs.losses(run_dir) == runs.losses(alone), "losses differ"
@@ -115,7 +103,7 @@ def main():
                 print(f"{ranks} ranks {' '.join(layout)}, {run_until(bin_dir, run_dir, ranks, [*flags, *layout], step, generator, environment)}", flush=True)
             ranks, layout = generator.choice(LAYOUTS[len(steps) % len(LAYOUTS)])
             runs.run(bin_dir, "gpt", ranks, run_dir, [*flags, *layout])
-            starts = expect_nothing_lost(run_dir)
+            starts = runs.expect_nothing_lost(run_dir)
             count = expect_same(bin_dir, run_dir, alone, expected)
             print(f"{len(steps)} kills, {starts} starts in the ledger: {STEPS} losses and {count} checkpoints have the bits of the run left alone", flush=True)
 

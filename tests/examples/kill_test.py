@@ -1,11 +1,14 @@
-"""kill_test.py BIN_DIR: SIGKILL of a random rank at ten random moments; each time the others end, the code says "run again", and a second start
-ends with the same bits as a run that was left alone."""
+"""kill_test.py BIN_DIR: SIGKILL of random ranks at random moments under `lockstep run`, on 1, 2, 4 and 8 ranks, while starting, loading, training and
+saving. The job goes on by itself each time: no durable checkpoint is lost, and it ends with the bits of a run that was left alone. Measures how long it
+is from a kill to the first new step (median of ten on 4 ranks at most 6 s, the launcher's part of it at most 2 s).
+
+20 kills, 60 with LOCKSTEP_DEEP."""
 
 import os
 import pathlib
 import random
 import signal
-import subprocess
+import statistics
 import sys
 import tempfile
 import time
@@ -13,33 +16,57 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "support"))
 import runs
 
-RANKS, ROUNDS = 3, 10
-RUN_AGAIN = 75
-FLAGS = ["--steps=60", "--checkpoint_interval_steps=3", "--eval_interval_steps=0", "--layers=2", "--width=48", "--heads=3", "--sequence_length=64", "--global_batch_size=32",
-         "--micro_batch_size=4", "--warmup_steps=5", "--log_interval_steps=1000"]
+KILLS = {1: 3, 2: 4, 4: 10, 8: 3}  # by ranks
+FIRST_STEP_S, LAUNCHER_S = 6.0, 2.0
+STEPS_A_KILL = 12
+FLAGS = ["--checkpoint_interval_steps=3", "--keep_checkpoints=1000", "--eval_interval_steps=0", "--layers=2", "--width=48", "--heads=3", "--sequence_length=64", "--global_batch_size=32",
+         "--micro_batch_size=4", "--warmup_steps=5", "--log_interval_steps=1"]
 
 
-def ranks_of(run_dir):
-    return runs.processes_of(run_dir, "gpt")  # not lockstep, not mpirun
+class Killer:
+    def __init__(self, bin_dir, run_dir, ranks, flags, generator):
+        self.run_dir, self.ranks, self.generator = run_dir, ranks, generator
+        self.job = runs.Job(runs.command(bin_dir, "gpt", ranks, run_dir, flags, ["--restarts=3"]))
+        self.waits = []  # (to the launcher's word, to the first new step), seconds
+
+    def alive(self):
+        return runs.processes_of(self.run_dir, "gpt")
+
+    def kill(self, while_starting):
+        """Kills one rank, at once when all are there or some time after a new checkpoint is durable, and waits for the next start's first step."""
+        job, durable = self.job, runs.durable_step(self.run_dir)
+        before = set(self.alive()) if not while_starting else set()
+        job.until(lambda: len(self.alive()) == self.ranks, "all ranks are there")
+        if not while_starting:
+            job.until(lambda: runs.durable_step(self.run_dir) > durable, "a new checkpoint is durable")
+        time.sleep(self.generator.uniform(0, 0.8 if while_starting else 0.25))
+        victim = self.generator.choice(job.until(self.alive, "a rank is there"))
+        at = time.monotonic()
+        os.kill(victim, signal.SIGKILL)
+        again = job.until(lambda: job.when(r"^lockstep: starting again", at), "it starts again")
+        step = job.until(lambda: job.when(r"^\s*step \d+/", again), "the first new step")
+        self.waits.append((again - at, step - at))
+        return f"{'start' if while_starting else 'training'}, durable step {durable}, again after {again - at:.2f} s, first step after {step - at:.2f} s"
 
 
-def kill_one(bin_dir, run_dir, flags, delay_s, generator):
-    """Starts a run and kills one of its ranks `delay_s` after all are there. Returns whether there was still one to kill."""
-    job = subprocess.Popen(runs.command(bin_dir, "gpt", RANKS, run_dir, flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while len(ranks_of(run_dir)) < RANKS and job.poll() is None:
-        time.sleep(0.005)
-    time.sleep(delay_s)
-    alive = ranks_of(run_dir)
-    if alive:
-        try:
-            os.kill(generator.choice(alive), signal.SIGKILL)
-        except ProcessLookupError:
-            alive = []
-    said = job.communicate(timeout=120)[1]
-    killed = bool(alive) and job.returncode != 0  # a rank that dies after the last checkpoint's end may leave a 0
-    assert not killed or job.returncode == RUN_AGAIN, f"exit {job.returncode}, not {RUN_AGAIN}:\n{said[-3000:]}"
-    assert not ranks_of(run_dir), "a rank outlived the job"
-    return killed
+def play(bin_dir, folder, ranks, kills, flags, expected, generator):
+    """A run of its own, killed `kills` times. Returns its waits."""
+    run_dir = folder / f"on-{ranks}"
+    killer = Killer(bin_dir, run_dir, ranks, flags, generator)
+    try:
+        for number in range(kills):
+            print(f"{ranks} ranks, kill {number + 1}: {killer.kill(while_starting=number % 4 == 3)}", flush=True)
+        code = killer.job.wait()
+        assert code == 0, f"exit {code}:\n{killer.job.said()[-4000:]}"
+    finally:
+        killer.job.end()
+    assert not killer.alive(), "a rank outlived the job"
+    starts = runs.expect_nothing_lost(run_dir)
+    assert starts >= kills * 3 // 4, f"{starts} starts are in the ledger after {kills} kills"
+    assert runs.digests(bin_dir, run_dir) == expected[0], f"{runs.digests(bin_dir, run_dir)}, expected {expected[0]}"
+    assert runs.losses(run_dir) == expected[1], "losses differ"
+    assert not (run_dir / "launch").exists(), f"left in launch/: {list((run_dir / 'launch').iterdir())}"
+    return killer.waits
 
 
 def main():
@@ -47,26 +74,22 @@ def main():
     seed = int(os.environ.get("LOCKSTEP_SEED", time.time_ns() % 100_000))
     print(f"seed {seed}; again with LOCKSTEP_SEED={seed}", flush=True)
     generator = random.Random(seed)
+    times = 3 if os.environ.get("LOCKSTEP_DEEP") else 1
+    steps = STEPS_A_KILL * max(KILLS.values())
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         runs.write_tokens(folder / "train.bin", 40_000)
-        flags = [f"--train_data={folder / 'train.bin'}", *FLAGS]
-        start = time.monotonic()
-        runs.run(bin_dir, "gpt", RANKS, folder / "alone", flags)
-        whole_s = time.monotonic() - start
+        flags = [f"--train_data={folder / 'train.bin'}", f"--steps={steps}", *FLAGS]
+        runs.run(bin_dir, "gpt", 1, folder / "alone", flags)
         expected = runs.digests(bin_dir, folder / "alone"), runs.losses(folder / "alone")
-        kills = 0
-        for number in range(ROUNDS):
-            run_dir = folder / f"killed-{number}"
-            delay_s = generator.uniform(0, 0.9 * whole_s)
-            killed = kill_one(bin_dir, run_dir, flags, delay_s, generator)
-            kills += killed
-            before = runs.metrics(run_dir)[-1]["step"] if (run_dir / "metrics.jsonl").exists() and runs.metrics(run_dir) else 0
-            runs.run(bin_dir, "gpt", RANKS, run_dir, flags)
-            found = runs.digests(bin_dir, run_dir), runs.losses(run_dir)
-            assert found == expected, f"round {number}, killed {delay_s:.3f} s after the start: {found[0]}, expected {expected[0]}, or losses differ: steps {[step for step, _ in found[1]]}"
-            print(f"round {number}: {'killed' if killed else 'already over'} after {delay_s:.2f} s, about step {before}; same bits", flush=True)
-        assert kills >= ROUNDS // 2, f"only {kills} of {ROUNDS} kills met a living run"
+        for turn in range(times):
+            (folder / f"turn-{turn}").mkdir()
+            for ranks, kills in KILLS.items():
+                waits = play(bin_dir, folder / f"turn-{turn}", ranks, kills, flags, expected, generator)
+                launcher_s, first_step_s = (statistics.median(values) for values in zip(*waits))
+                print(f"{ranks} ranks: {len(waits)} kills, median {launcher_s:.2f} s until it starts again, {first_step_s:.2f} s until the first new step; same bits", flush=True)
+                if ranks == 4:
+                    assert launcher_s <= LAUNCHER_S and first_step_s <= FIRST_STEP_S, f"more than {LAUNCHER_S} and {FIRST_STEP_S} s: {waits}"
 
 
 if __name__ == "__main__":

@@ -160,9 +160,7 @@ TEST(Restart, KillsLeaveNothing) {
     if (who == 2) ::kill((*pids)[cycle % 3], SIGKILL);
     if (who != 0) {
       for (int i = 0; i < 2000 && process.err().find("restart 1 of 1") == std::string::npos; ++i) usleep(10'000);
-      process.send(SIGINT);
-      usleep(20'000);
-      process.send(SIGINT);
+      process.send(SIGKILL);
     }
     process.wait();
     EXPECT_TRUE(are_gone(*pids, 10));

@@ -77,6 +77,7 @@ TEST(SupervisorState, ANewSupervisorReadsWhatAnOldOneWrote) {
   state.refused = {7, 5};
   state.excluded = {"b"};
   state.starts = 3;
+  state.job_id = "run-17";
   save_supervisor_state(run.path(), state);
   save_supervisor_state(run.path(), state);  // over the first
   const auto read = load_supervisor_state(run.path());
@@ -88,6 +89,7 @@ TEST(SupervisorState, ANewSupervisorReadsWhatAnOldOneWrote) {
   EXPECT_EQ(read->refused, state.refused);
   EXPECT_EQ(read->excluded, state.excluded);
   EXPECT_EQ(read->starts, 3);
+  EXPECT_EQ(read->job_id, "run-17");
   remove_supervisor_state(run.path());
   EXPECT_FALSE(load_supervisor_state(run.path()));
   EXPECT_TRUE(files::is_empty(run / "launch"));

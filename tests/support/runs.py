@@ -4,7 +4,10 @@ import json
 import os
 import pathlib
 import random
+import re
 import subprocess
+import threading
+import time
 
 
 def write_tokens(path, count, seed=7, largest=None):
@@ -28,9 +31,9 @@ def write_images(path, count, seed=7):
     path.write_text("\n".join(rows) + "\n")
 
 
-def command(bin_dir, program, ranks, run_dir, flags):
+def command(bin_dir, program, ranks, run_dir, flags, launcher_flags=("--restarts=0",)):
     """Through the launcher, which starts MPI for two and more ranks."""
-    return [str(bin_dir / "lockstep"), "run", "-n", str(ranks), "--", str(bin_dir / program), f"--run_dir={run_dir}", *flags]
+    return [str(bin_dir / "lockstep"), "run", "-n", str(ranks), *launcher_flags, "--", str(bin_dir / program), f"--run_dir={run_dir}", *flags]
 
 
 def run(bin_dir, program, ranks, run_dir, flags, expect=0, timeout=300, **environment):
@@ -52,6 +55,64 @@ def losses(run_dir):
 
 def events(run_dir):
     return [json.loads(line) for line in pathlib.Path(run_dir, "ledger.jsonl").read_text().splitlines()]
+
+
+def expect_nothing_lost(run_dir):
+    """Each start went on where the last durable checkpoint was, or later. Returns the number of starts that came so far."""
+    durable, starts = 0, 0
+    for event in events(run_dir):
+        if event["event"] in ("start", "resume"):
+            starts += 1
+            assert event["step"] >= durable, f"start {starts} went back to step {event['step']}, though {durable} was durable"
+        elif event["event"] == "durable":
+            durable = event["step"]
+    return starts
+
+
+def durable_step(run_dir):
+    """Of the newest checkpoint with a manifest; -1: none."""
+    return max((int(path.parent.name[5:13]) for path in pathlib.Path(run_dir, "checkpoints").glob("step-*/MANIFEST")), default=-1)
+
+
+class Job:
+    """A job in the background; what it says on standard error is kept line by line, with the time."""
+
+    def __init__(self, words, **environment):
+        self.process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", env={**os.environ, **environment})
+        self.lines = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self):
+        for line in self.process.stderr:
+            self.lines.append((time.monotonic(), line))
+
+    def said(self):
+        return "".join(line for _, line in list(self.lines))
+
+    def when(self, pattern, since=0.0):
+        """When a line that matches was first said after `since`; None: not yet."""
+        return next((at for at, line in list(self.lines) if at >= since and re.search(pattern, line)), None)
+
+    def until(self, condition, what, timeout_s=120):
+        """Polls; the job's end or the time running out fails the test."""
+        end = time.monotonic() + timeout_s
+        while not (value := condition()):
+            assert self.process.poll() is None, f"the job ended with {self.process.returncode} before {what}:\n{self.said()[-4000:]}"
+            assert time.monotonic() < end, f"{timeout_s} s and not yet {what}:\n{self.said()[-4000:]}"
+            time.sleep(0.005)
+        return value
+
+    def wait(self, timeout_s=300):
+        code = self.process.wait(timeout_s)
+        self._reader.join(5)
+        return code
+
+    def end(self):
+        """For tests that failed: nothing of it stays."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
 
 
 def inspect(bin_dir, path):

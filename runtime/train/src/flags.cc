@@ -4,6 +4,7 @@
 
 #include <lockstep/base/command_line.h>
 #include <lockstep/base/error.h>
+#include <lockstep/base/rank_info.h>
 #include <lockstep/train/flags.h>
 
 DEFINE_string(run_dir, "run", "folder of this run: checkpoints, metrics, logs; created, mode 0700 (see --share)");
@@ -155,6 +156,8 @@ Options options_from_flags() {
   options.init_from = FLAGS_init_from;
   options.accept_config_change = split(FLAGS_accept_config_change);
   options.take_over = FLAGS_take_over;
+  const Environment environment = process_environment();  // lockstep run's own name for a job, else the batch system's
+  options.job_id = environment("LOCKSTEP_JOB_ID").value_or(environment("SLURM_JOB_ID").value_or(""));
   options.trust_foreign_checkpoint = FLAGS_trust_foreign_checkpoint;
   options.share = FLAGS_share;
   options.eval_interval_steps = FLAGS_eval_interval_steps;
