@@ -154,7 +154,7 @@ LaunchFolder::~LaunchFolder() {
   if (!records_.starts_with(session_ + "/")) remove_records(records_);
   if (!run_dir_.empty()) {
     ::rmdir((run_dir_ + "/launch").c_str());
-    if (made_run_dir_) ::rmdir(run_dir_.c_str());  // of a program that refused its flags
+    if (made_run_dir_) ::rmdir(run_dir_.c_str());
   }
   files::remove_all(session_, ignored);
   if (!shared_memory_.empty()) files::remove_all(shared_memory_, ignored);

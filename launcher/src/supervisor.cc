@@ -119,10 +119,13 @@ class Supervisor {
   Ending start(const Placement& placement) {
     ++state_.starts;
     LaunchFolder folder(plan_.run_dir);
+    save_supervisor_state(plan_.run_dir, state_);  // one that follows a killed launcher knows which start was the last
     Job job{.command = {},
             .under_mpirun = !plan_.mpirun.empty(),
             .grace = plan_.grace,
-            .environment = {{"LOCKSTEP_LAUNCH_DIR", folder.records().folder()}, {"LOCKSTEP_JOB_ID", state_.job_id}},
+            .environment = {{"LOCKSTEP_LAUNCH_DIR", folder.records().folder()},
+                            {"LOCKSTEP_JOB_ID", state_.job_id},
+                            {"LOCKSTEP_JOB_START", std::to_string(state_.starts)}},
             .records = folder.records()};
     if (job.under_mpirun) prepare_mpirun(job, folder, placement);
     job.command.insert(job.command.end(), plan_.program.begin(), plan_.program.end());
@@ -153,7 +156,7 @@ class Supervisor {
                       .shared_memory = folder.shared_memory()};
     job.environment.merge(open_mpi_environment(start, process_environment()));
     std::vector<std::string> forwarded = forwarded_variables(environ);
-    forwarded.insert(forwarded.end(), {"LOCKSTEP_LAUNCH_DIR", "LOCKSTEP_JOB_ID"});
+    forwarded.insert(forwarded.end(), {"LOCKSTEP_LAUNCH_DIR", "LOCKSTEP_JOB_ID", "LOCKSTEP_JOB_START"});
     job.command = mpirun_command(start, forwarded);
     if (plan_.on_this_machine) return;
     write_durable(real_fs(), start.hostfile, hostfile_text(placement), 0600);
@@ -200,6 +203,8 @@ class Supervisor {
   int finish(const Decision& decision) {
     remove_supervisor_state(plan_.run_dir);
     ::rmdir((plan_.run_dir + "/launch").c_str());
+    if (!found_run_dir_ && !plan_.run_dir.empty())
+      ::rmdir(plan_.run_dir.c_str());  // of a program that refused its flags
     if (decision.exit_code == 0) return 0;
     if (first_failures_.size() == 1) say() << "first failure: " << first_failures_.front() << "\n";
     for (size_t i = 0; first_failures_.size() > 1 && i < first_failures_.size(); ++i)
@@ -211,6 +216,7 @@ class Supervisor {
   }
 
   const Plan& plan_;
+  const bool found_run_dir_;
   SupervisorState state_;
   RestartPolicy policy_;
   std::vector<std::string> first_failures_, missing_;

@@ -3,6 +3,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <fstream>
+#include <optional>
 #include <sstream>
 #include <thread>
 
@@ -50,11 +51,9 @@ std::string host_name() {
 }
 
 Json myself(const Starter& starter) {
-  return {{"host", host_name()},
-          {"boot_id", first_line("/proc/sys/kernel/random/boot_id")},
-          {"pid", getpid()},
-          {"start_time", start_time_of(getpid())},
-          {"job_id", starter.job_id}};
+  return {{"host", host_name()},      {"boot_id", first_line("/proc/sys/kernel/random/boot_id")},
+          {"pid", getpid()},          {"start_time", start_time_of(getpid())},
+          {"job_id", starter.job_id}, {"job_start", starter.job_start}};
 }
 
 std::string epoch_path(const std::string& run_dir, uint64_t epoch) {
@@ -64,6 +63,14 @@ std::string epoch_path(const std::string& run_dir, uint64_t epoch) {
 std::string text_member(const Json& json, const char* key) {
   const auto found = json.find(key);
   return found != json.end() && found->is_string() ? found->get<std::string>() : "";
+}
+
+// Which start of our own job `owner` is; nullopt: of no job, or of another.
+std::optional<int64_t> start_of_our_job(const Json& owner, const Starter& starter) {
+  if (!owner.is_object() || starter.job_id.empty() || text_member(owner, "job_id") != starter.job_id)
+    return std::nullopt;
+  const auto number = owner.find("job_start");
+  return number != owner.end() && number->is_number_integer() ? number->get<int64_t>() : 0;
 }
 
 bool moves(Fs& fs, const std::string& path, const Starter& starter) {
@@ -91,7 +98,7 @@ bool is_alive(Fs& fs, const std::string& run_dir, uint64_t epoch, const Starter&
     const std::string started = start_time_of(pid->get<int64_t>());
     return !started.empty() && started == text_member(owner, "start_time");
   }
-  if (!starter.job_id.empty() && text_member(owner, "job_id") == starter.job_id) return false;  // requeued elsewhere
+  if (const auto start = start_of_our_job(owner, starter)) return *start > starter.job_start;  // requeued elsewhere
   LOG(INFO) << "an earlier start on host " << text_member(owner, "host") << " did not sign off; watching its heartbeat "
             << "for " << starter.watch.count() << " ms";
   return moves(fs, path + ".beat", starter);
@@ -111,28 +118,34 @@ uint64_t newest_epoch(Fs& fs, const std::string& run_dir) {
 
 uint64_t create_epoch(Fs& fs, const std::string& run_dir, const Starter& starter) {
   make_directories(fs, run_dir + "/epoch");
-  const uint64_t before = newest_epoch(fs, run_dir);
-  if (before > 0 && !starter.take_over && is_alive(fs, run_dir, before, starter)) {
-    throw Fenced("another start (epoch " + std::to_string(before) + ": " +
-                 read_text(fs, epoch_path(run_dir, before), kMaxOwnerBytes) + ") works on '" + run_dir +
-                 "'. Mend: let it end, or end it, or start with --take_over");
-  }
-  const uint64_t epoch = before + 1;
   const Json me = myself(starter);
-  const std::string path = epoch_path(run_dir, epoch);
-  // Written aside and renamed, so that a rival never sees a file without its owner in it.
-  const std::string aside = path + "." + me["host"].get<std::string>() + "." + std::to_string(getpid()) + ".tmp";
-  fs.remove_file(aside);  // of an earlier process with our pid
-  try {
-    write_durable(fs, aside, me.dump());
-    fs.rename_exclusive(aside, path);
-    fs.sync_directory(run_dir + "/epoch");
-  } catch (const IoError& error) {
-    fs.remove_file(aside);
-    if (error.error_number() != EEXIST) throw;
-    throw Fenced("two starts raced for '" + run_dir + "' and the other one won epoch " + std::to_string(epoch));
+  for (;;) {
+    const uint64_t before = newest_epoch(fs, run_dir);
+    if (before > 0 && !starter.take_over && is_alive(fs, run_dir, before, starter)) {
+      throw Fenced("another start (epoch " + std::to_string(before) + ": " +
+                   read_text(fs, epoch_path(run_dir, before), kMaxOwnerBytes) + ") works on '" + run_dir +
+                   "'. Mend: let it end, or end it, or start with --take_over");
+    }
+    const uint64_t epoch = before + 1;
+    const std::string path = epoch_path(run_dir, epoch);
+    // Written aside and renamed, so that a rival never sees a file without its owner in it.
+    const std::string aside = path + "." + me["host"].get<std::string>() + "." + std::to_string(getpid()) + ".tmp";
+    fs.remove_file(aside);  // of an earlier process with our pid
+    try {
+      write_durable(fs, aside, me.dump());
+      fs.rename_exclusive(aside, path);
+      fs.sync_directory(run_dir + "/epoch");
+      return epoch;
+    } catch (const IoError& error) {
+      fs.remove_file(aside);
+      if (error.error_number() != EEXIST) throw;
+    }
+    // An earlier start of our own job may have been cut off with this very operation under way: then the next epoch.
+    const Json winner = Json::parse(read_text(fs, path, kMaxOwnerBytes), nullptr, /*allow_exceptions=*/false);
+    const auto start = start_of_our_job(winner, starter);
+    if (!start || *start >= starter.job_start)
+      throw Fenced("two starts raced for '" + run_dir + "' and the other one won epoch " + std::to_string(epoch));
   }
-  return epoch;
 }
 
 void release_epoch(Fs& fs, const std::string& run_dir, uint64_t epoch) {

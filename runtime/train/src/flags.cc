@@ -1,3 +1,4 @@
+#include <cstdlib>
 #include <sstream>
 
 #include <gflags/gflags.h>
@@ -157,7 +158,10 @@ Options options_from_flags() {
   options.accept_config_change = split(FLAGS_accept_config_change);
   options.take_over = FLAGS_take_over;
   const Environment environment = process_environment();  // lockstep run's own name for a job, else the batch system's
-  options.job_id = environment("LOCKSTEP_JOB_ID").value_or(environment("SLURM_JOB_ID").value_or(""));
+  const bool is_ours = environment("LOCKSTEP_JOB_ID").has_value();
+  options.job_id = environment(is_ours ? "LOCKSTEP_JOB_ID" : "SLURM_JOB_ID").value_or("");
+  const auto start = environment(is_ours ? "LOCKSTEP_JOB_START" : "SLURM_RESTART_COUNT");
+  options.job_start = start ? std::strtoll(start->c_str(), nullptr, 10) : 0;
   options.trust_foreign_checkpoint = FLAGS_trust_foreign_checkpoint;
   options.share = FLAGS_share;
   options.eval_interval_steps = FLAGS_eval_interval_steps;

@@ -166,8 +166,9 @@ void Trainer::open_run() {
   prepare_run_directory(fs_, world_, options_.run_dir, options_.share == "group" ? Share::kGroup : Share::kNone);
   if (is_chief() || std::string_view(world_.backend()) != "local")  // ranks that are threads share one log
     start_logging("lockstep", world_.rank(), world_.size(), options_.run_dir + "/logs");
-  epoch_ = checkpoint::acquire_epoch(fs_, world_, options_.run_dir,
-                                     format::Starter{.take_over = options_.take_over, .job_id = options_.job_id});
+  epoch_ = checkpoint::acquire_epoch(
+      fs_, world_, options_.run_dir,
+      format::Starter{.take_over = options_.take_over, .job_id = options_.job_id, .job_start = options_.job_start});
   if (is_chief()) heartbeat_ = std::make_unique<Heartbeat>(fs_, options_.run_dir, epoch_);
   const RunHistory history = is_chief() ? read_history(fs_, options_.run_dir) : RunHistory();
   store_ = std::make_unique<checkpoint::Store>(fs_, world_,

@@ -138,6 +138,37 @@ TEST(FencingTest, OurOwnJobRequeuedElsewhereNeedNotBeWatched) {
   EXPECT_LT(std::chrono::steady_clock::now() - start, 1s);
 }
 
+TEST(FencingTest, AnEarlierStartOfOurJobThatComesLateDoesNotSupersedeALaterOne) {
+  const TempDir directory;
+  write_owner(directory.path(), 1,
+              R"({"host":"elsewhere","boot_id":"x","pid":1,"start_time":"1","job_id":"77","job_start":3})");
+  EXPECT_THROW(create_epoch(real_fs(), directory.path(), {.job_id = "77", .job_start = 2, .watch = 60s}), Fenced);
+  EXPECT_EQ(create_epoch(real_fs(), directory.path(), {.job_id = "77", .job_start = 4, .watch = 60s}), 2U);
+}
+
+// Its operation was under way when its job was started anew, and won the race for an epoch.
+TEST(FencingTest, ARaceLostToAnEarlierStartOfOurJobIsRunAgain) {
+  for (const int64_t rival : {1, 2, 3}) {
+    const TempDir directory;
+    bool is_won = false;
+    FaultFs slow(real_fs(), [&](const std::string& operation, const std::string&, int64_t) {
+      if (operation != "rename" || is_won) return Fault{};
+      is_won = true;
+      write_owner(
+          directory.path(), 1,
+          R"({"host":"elsewhere","boot_id":"x","pid":1,"job_id":"77","job_start":)" + std::to_string(rival) + "}");
+      return Fault{};
+    });
+    const Starter ours{.job_id = "77", .job_start = 2, .watch = 60s};
+    if (rival < 2) {
+      EXPECT_EQ(create_epoch(slow, directory.path(), ours), 2U);
+    } else {
+      EXPECT_THROW(create_epoch(slow, directory.path(), ours), Fenced) << rival;
+    }
+    EXPECT_TRUE(is_won);
+  }
+}
+
 TEST(FencingTest, AnOwnerThatSignedOffNeedNotBeWatched) {
   const TempDir directory;
   write_owner(directory.path(), 1, R"({"host":"elsewhere","boot_id":"x","pid":1,"start_time":"1"})");

@@ -56,7 +56,8 @@ struct Options {
   std::string init_from;                 ///< weights only, step 0
   std::vector<std::string> accept_config_change;
   bool take_over = false;
-  std::string job_id;  ///< of the job this start belongs to: earlier starts of it are over, wherever they were
+  std::string job_id;     ///< of the job this start belongs to: earlier starts of it are over, wherever they were
+  int64_t job_start = 0;  ///< which of its starts this is
   bool trust_foreign_checkpoint = false;  ///< load checkpoints that belong to another user
   std::string share = "none";             ///< none | group: who else may read what the run writes
 
