@@ -118,13 +118,16 @@ class Process {
 
   /// mpirun may end a moment before its ranks do (after MPI_Abort; 5.0 killed: for ever), and a program may leave
   /// something behind. As their subreaper we inherit them: the next start must not meet one that still writes.
+  /// Those that watch the ranks from outside get a moment to write down what they saw.
   static void end_orphans() {
-    const Clock::time_point give_up = Clock::now() + kMpirunEnds;  // one that waits for a dead disk cannot be ended
-    for (pid_t done = 0; done >= 0 && Clock::now() < give_up;) {
+    constexpr std::chrono::milliseconds kWatchersEnd{500};
+    const Clock::time_point start = Clock::now();  // one that waits for a dead disk cannot be ended
+    for (pid_t done = 0; done >= 0 && Clock::now() < start + kMpirunEnds;) {
       done = ::waitpid(-1, nullptr, WNOHANG);
       if (done != 0) continue;
       std::ifstream children("/proc/self/task/" + std::to_string(::getpid()) + "/children");
-      for (pid_t child = 0; children >> child;) ::kill(child, SIGKILL);
+      const bool is_over = Clock::now() >= start + kWatchersEnd;
+      for (pid_t child = 0; is_over && children >> child;) ::kill(child, SIGKILL);
       ::poll(nullptr, 0, 2);
     }
   }
