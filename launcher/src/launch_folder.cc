@@ -9,6 +9,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <optional>
 #include <sstream>
 
 #include <poll.h>
@@ -68,17 +69,16 @@ Owner myself() {
   return {own_host(), pid, start_time_of(pid), pid_namespace()};
 }
 
-// Whether a name says that a launcher made it that is gone from here.
-bool is_of_the_dead(const std::string& name) {
+// nullopt: no name of ours.
+std::optional<Owner> parse_owner(const std::string& name) {
   std::vector<std::string> parts;
   std::istringstream stream(name);
   for (std::string part; std::getline(stream, part, '.');) parts.push_back(part);
   constexpr std::string_view kBegin = "lockstep-";
-  if (parts.size() != 5 || !name.starts_with(kBegin)) return false;
-  const Owner owner{parts[0].substr(kBegin.size()), parts[1], parts[2], parts[3]};
-  if (owner.host != own_host() || owner.pid_namespace != pid_namespace()) return false;
+  if (parts.size() != 5 || !name.starts_with(kBegin)) return std::nullopt;
+  Owner owner{parts[0].substr(kBegin.size()), parts[1], parts[2], parts[3]};
   const bool is_number = !owner.pid.empty() && owner.pid.find_first_not_of("0123456789") == std::string::npos;
-  return is_number && start_time_of(owner.pid) != owner.started;
+  return is_number ? std::optional(std::move(owner)) : std::nullopt;
 }
 
 bool is_our_directory(const std::string& path) {
@@ -128,6 +128,18 @@ std::vector<pid_t> processes_with(const std::string& word) {
 
 }  // namespace
 
+std::string launcher_name() { return prefix_of(myself()) + "state"; }
+
+bool is_launcher_here(const std::string& name) {
+  const auto owner = parse_owner(name);
+  return owner && owner->host == own_host() && owner->pid_namespace == pid_namespace();
+}
+
+bool is_dead_launcher(const std::string& name) {
+  const auto owner = parse_owner(name);
+  return owner && is_launcher_here(name) && start_time_of(owner->pid) != owner->started;
+}
+
 LaunchFolder::LaunchFolder(const std::string& run_dir) {
   if (!run_dir.empty()) {
     std::error_code error;
@@ -170,7 +182,7 @@ std::vector<std::string> sweep_dead_launches(const std::string& run_dir) {
     std::vector<std::string> dead;
     for (files::directory_iterator entry(parent, error), end; !error && entry != end; entry.increment(error)) {
       const std::string name = entry->path().filename();
-      if (is_of_the_dead(name) && is_our_directory(entry->path())) dead.push_back(entry->path());
+      if (is_dead_launcher(name) && is_our_directory(entry->path())) dead.push_back(entry->path());
     }
     for (const std::string& folder : dead) {
       const bool holds_records = parent == records;

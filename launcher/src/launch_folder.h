@@ -34,6 +34,12 @@ class LaunchFolder {
   bool made_run_dir_ = false;
 };
 
+/// This process in a file's words, and whether such words are of one that is gone from this machine. Of other hosts and
+/// PID namespaces nobody here knows: false.
+std::string launcher_name();
+bool is_dead_launcher(const std::string& name);
+bool is_launcher_here(const std::string& name);  ///< of this host and PID namespace, dead or alive
+
 /// Ends the processes that belong to starts of launchers that are gone, on this machine and of this user, and removes
 /// what they left in run_dir/launch, the temporary folder and /dev/shm. @return a line for each thing found.
 std::vector<std::string> sweep_dead_launches(const std::string& run_dir);

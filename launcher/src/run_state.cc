@@ -75,6 +75,8 @@ Json to_json(const SupervisorState& state) {
           {"refused_world_sizes", state.refused},
           {"excluded_hosts", state.excluded},
           {"starts", state.starts},
+          {"owner", state.owner},
+          {"batch_job", state.batch_job},
           {"job_id", state.job_id}};
 }
 
@@ -91,6 +93,8 @@ SupervisorState from_json(const Json& json) {
   for (const Json& size : json.at("refused_world_sizes")) state.refused.insert(size.get<int64_t>());
   for (const Json& host : json.at("excluded_hosts")) state.excluded.push_back(host);
   state.starts = json.at("starts");
+  state.owner = json.at("owner");
+  state.batch_job = json.at("batch_job");
   state.job_id = json.at("job_id");
   return state;
 }

@@ -30,8 +30,9 @@ struct SupervisorState {
   std::set<int64_t> refused;          ///< world sizes the program does not accept
   std::vector<std::string> excluded;  ///< faulty hosts
   int64_t starts = 0;
-  std::string
-      job_id;  ///< what the program's starts have in common: a later one need not watch whether an earlier lives
+  std::string owner;      ///< launcher_name() of who wrote it
+  std::string batch_job;  ///< the Slurm job it ran in, if any
+  std::string job_id;     ///< what the program's starts have in common: a later one need not watch an earlier one
 };
 std::optional<SupervisorState> load_supervisor_state(const std::string& run_dir);
 void save_supervisor_state(const std::string& run_dir, const SupervisorState& state);  ///< a WARNING where it cannot

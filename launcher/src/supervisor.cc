@@ -21,8 +21,9 @@
 namespace lockstep::launcher {
 namespace {
 
-constexpr double kAnswers_s = 5;                   // a host that takes longer to run `true` is no help
+constexpr double kAnswerSeconds = 5;               // a host that takes longer to run `true` is no help
 constexpr std::chrono::milliseconds kEnds{5'000};  // a process that waits for a dead disk takes longer
+constexpr size_t kMostTold = 20;                  // failures at the end of the log; all were told when they happened
 constexpr int kRunAgain = static_cast<int>(ExitCode::kRunAgain), kConfig = static_cast<int>(ExitCode::kConfig);
 
 std::ostream& say() { return std::cerr << "lockstep: "; }
@@ -46,28 +47,31 @@ uint64_t random_seed() {
   return uint64_t{device()} << 32 | device();
 }
 
-SupervisorState state_of(const std::string& run_dir) {
-  if (auto saved = load_supervisor_state(run_dir)) return *std::move(saved);
+// What an earlier launcher left is gone on with where it is certain that it is over: it was killed on this machine, or
+// Slurm started its job anew. Where it ran elsewhere only its budget is taken over: two jobs must not seem to be one.
+SupervisorState state_of(const Plan& plan, const std::optional<SupervisorState>& left) {
+  const std::string batch_job = process_environment()("SLURM_JOB_ID").value_or("");
   SupervisorState state;
-  state.policy.durable_step = newest_durable_step(run_dir);  // of an earlier job: no progress of this one
-  state.job_id = "run-" + std::to_string(random_seed());
+  state.policy.durable_step = newest_durable_step(plan.run_dir);  // of an earlier job: no progress of this one
+  const bool is_over = left && (is_dead_launcher(left->owner) || (!batch_job.empty() && left->batch_job == batch_job));
+  if (left && (is_over || !is_launcher_here(left->owner))) state = *left;
+  if (!is_over) {
+    state.starts = 0;
+    state.job_id = "run-" + std::to_string(random_seed());
+  }
+  state.owner = launcher_name();
+  state.batch_job = batch_job;
   return state;
 }
 
 class Supervisor {
  public:
-  explicit Supervisor(const Plan& plan)
-      : plan_(plan), state_(state_of(plan.run_dir)), policy_(plan.restarts, random_seed(), state_.policy) {
-    for (const std::string& line : sweep_dead_launches(plan.run_dir)) say() << line << std::endl;
-    if (state_.starts > 0)
-      say() << "going on for a launcher that was killed; " << state_.policy.restarts_used << " of " << plan.restarts
-            << " restarts are used" << std::endl;
-  }
+  explicit Supervisor(const Plan& plan) : Supervisor(plan, load_supervisor_state(plan.run_dir)) {}
 
   int run() {
     for (;;) {
       const std::optional<Placement> placement = choose_placement();
-      if (stop_requests() > 0) return kRunAgain;
+      if (stop_requests() > 0) return finish({false, kRunAgain, {}, ""});
       const Ending ending = placement ? start(*placement) : nowhere_to_start();
       if (placement && is_refusal(ending, *placement)) {
         state_.refused.insert(placement->ranks());
@@ -77,19 +81,32 @@ class Supervisor {
       const Decision decision = policy_.after(ending);
       if (!decision.goes_on) return finish(decision);
       state_.policy = policy_.state();
-      save_supervisor_state(plan_.run_dir, state_);
+      keep_state();
       announce(decision);
       if (!wait_unless_stopped(decision.delay)) return finish({false, kRunAgain, {}, ""});
     }
   }
 
  private:
+  Supervisor(const Plan& plan, const std::optional<SupervisorState>& left)
+      : plan_(plan),
+        // Another launcher that lives here keeps its own.
+        keeps_state_(!left || !is_launcher_here(left->owner) || is_dead_launcher(left->owner)),
+        found_run_dir_(::access(plan.run_dir.c_str(), F_OK) == 0),
+        state_(state_of(plan, left)),
+        policy_(plan.restarts, random_seed(), state_.policy) {
+    for (const std::string& line : sweep_dead_launches(plan.run_dir)) say() << line << std::endl;
+    if (state_.starts > 0)
+      say() << "going on for a launcher that was killed; " << state_.policy.restarts_used << " of " << plan.restarts
+            << " restarts are used" << std::endl;
+  }
+
   std::optional<Placement> choose_placement() {
     std::vector<Host> hosts = plan_.hosts;
     std::erase_if(hosts, [&](const Host& host) { return is_excluded(host.name); });
     // Slurm has just looked at the nodes of a new job itself.
     if (!plan_.on_this_machine && !(plan_.in_slurm && state_.starts == 0))
-      hosts = answering(hosts, remote_agent(process_environment(), plan_.in_slurm), kAnswers_s);
+      hosts = answering(hosts, remote_agent(process_environment(), plan_.in_slurm), kAnswerSeconds);
     missing_.clear();
     for (const Host& host : plan_.hosts) {
       if (std::find(hosts.begin(), hosts.end(), host) == hosts.end()) missing_.push_back(host.name);
@@ -119,7 +136,7 @@ class Supervisor {
   Ending start(const Placement& placement) {
     ++state_.starts;
     LaunchFolder folder(plan_.run_dir);
-    save_supervisor_state(plan_.run_dir, state_);  // one that follows a killed launcher knows which start was the last
+    keep_state();  // one that follows a killed launcher knows which start was the last
     Job job{.command = {},
             .under_mpirun = !plan_.mpirun.empty(),
             .grace = plan_.grace,
@@ -163,6 +180,10 @@ class Supervisor {
     say() << placement.describe() << (missing_.empty() ? "" : "; not used: " + joined(missing_)) << std::endl;
   }
 
+  void keep_state() const {
+    if (keeps_state_) save_supervisor_state(plan_.run_dir, state_);
+  }
+
   /// What only the run directory knows.
   Ending complete(Verdict verdict) {
     Ending& ending = verdict.ending;
@@ -201,13 +222,15 @@ class Supervisor {
   }
 
   int finish(const Decision& decision) {
-    remove_supervisor_state(plan_.run_dir);
+    const auto kept = load_supervisor_state(plan_.run_dir);
+    if (kept && kept->owner == state_.owner) remove_supervisor_state(plan_.run_dir);
     ::rmdir((plan_.run_dir + "/launch").c_str());
     if (!found_run_dir_ && !plan_.run_dir.empty())
       ::rmdir(plan_.run_dir.c_str());  // of a program that refused its flags
     if (decision.exit_code == 0) return 0;
     if (first_failures_.size() == 1) say() << "first failure: " << first_failures_.front() << "\n";
-    for (size_t i = 0; first_failures_.size() > 1 && i < first_failures_.size(); ++i)
+    const size_t count = first_failures_.size();
+    for (size_t i = count > kMostTold ? count - kMostTold : 0; count > 1 && i < count; ++i)
       say() << "first failure of start " << i + 1 << ": " << first_failures_[i] << "\n";
     if (!decision.why.empty()) say() << decision.why << "\n";
     say() << "the job ended with exit code " << decision.exit_code
@@ -216,7 +239,7 @@ class Supervisor {
   }
 
   const Plan& plan_;
-  const bool found_run_dir_;
+  const bool keeps_state_, found_run_dir_;
   SupervisorState state_;
   RestartPolicy policy_;
   std::vector<std::string> first_failures_, missing_;

@@ -132,6 +132,24 @@ TEST(Restart, ALauncherThatFollowsAKilledOneKeepsItsBudgetAndEndsItsRanks) {
   EXPECT_TRUE(files::is_empty(run.path())) << "launch/ is left";
 }
 
+TEST(Restart, TwoLaunchersOnOneRunDirectoryAreTwoJobs) {
+  const TempDir folder, other, run;
+  auto words = job(2, "stay", folder, 0, 0);
+  words.push_back("--run_dir=" + run.path());
+  LockstepProcess first(words);
+  ASSERT_TRUE(wait_for_ranks(folder.path(), 2)) << first.err();
+  auto second = job(2, "say", other, 0, 0);
+  second.push_back("--run_dir=" + run.path());
+  const Ended ended = lockstep_run(second);
+  EXPECT_EQ(ended.code, 0) << ended.err;
+  EXPECT_EQ(ended.err.find("going on"), std::string::npos) << ended.err;
+  EXPECT_TRUE(files::exists(run / "launch/supervisor.json")) << "the first one's";
+  first.send(SIGINT);
+  usleep(100'000);
+  first.send(SIGINT);
+  EXPECT_EQ(first.wait(), 75) << first.err();
+}
+
 TEST(Restart, AProcessThatHidesIsEndedWithTheJob) {
   for (const int ranks : {1, 2}) {
     const TempDir folder;

@@ -78,6 +78,7 @@ TEST(SupervisorState, ANewSupervisorReadsWhatAnOldOneWrote) {
   state.excluded = {"b"};
   state.starts = 3;
   state.job_id = "run-17";
+  state.owner = "lockstep-a.1.2.3.state";
   save_supervisor_state(run.path(), state);
   save_supervisor_state(run.path(), state);  // over the first
   const auto read = load_supervisor_state(run.path());
@@ -90,6 +91,7 @@ TEST(SupervisorState, ANewSupervisorReadsWhatAnOldOneWrote) {
   EXPECT_EQ(read->excluded, state.excluded);
   EXPECT_EQ(read->starts, 3);
   EXPECT_EQ(read->job_id, "run-17");
+  EXPECT_EQ(read->owner, state.owner);
   remove_supervisor_state(run.path());
   EXPECT_FALSE(load_supervisor_state(run.path()));
   EXPECT_TRUE(files::is_empty(run / "launch"));
