@@ -16,7 +16,10 @@
 #include <lockstep/base/error.h>
 #include <lockstep/base/fs.h>
 
+#include "finding.h"
+#include "hosts.h"
 #include "machine.h"
+#include "open_mpi.h"
 #include "verbs.h"
 
 namespace lockstep::launcher {
@@ -25,20 +28,17 @@ namespace {
 const std::vector<Arguments::Flag> kFlags = {
     {"run_dir", "FOLDER", "the storage to measure (default: the current folder)"},
     {"program", "PATH", "the program whose libraries to look for (default: those beside lockstep)"},
-    {"json", nullptr, "one JSON object instead of lines"},
+    {"hosts", "A,B",
+     "look at each of these hosts, through ssh or Open MPI's plm_rsh_agent, and at what is between them"},
+    {"hostfile", "FILE", "the same for the hosts of a hostfile"},
+    {"json", nullptr, "one JSON list instead of lines"},
 };
 
 constexpr ExitCode kNode = ExitCode::kNodeBad;  // this machine lacks something: another one may do
 
-struct Finding {
-  std::string what;
-  bool good = true;
-  std::string found;
-  std::string mend;
-  ExitCode code = ExitCode::kConfig;  ///< what a bad one means
-};
-
 std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
+
+Finding check_version() { return {"lockstep", true, LOCKSTEP_VERSION, ""}; }
 
 Finding check_mpi(const std::string& mpirun) {
   const std::string version = first_line(ask({mpirun, "--version"}).output);
@@ -132,6 +132,14 @@ Finding check_cores() {
   return {"cores", quota == 0 || quota >= 1, found, "raise the container's CPU limit to 1 at least", kNode};
 }
 
+// Bits of a run are the same only where math libraries choose the same instructions.
+Finding check_instructions() {
+  const char* name = __builtin_cpu_supports("avx512f") ? "AVX-512"
+                     : __builtin_cpu_supports("avx2")  ? "AVX2"
+                                                       : "no AVX2";
+  return {"instructions", true, name, ""};
+}
+
 Finding check_memory() {
   std::ifstream file("/proc/meminfo");
   uint64_t kib = 0;
@@ -192,7 +200,9 @@ Finding check_clock() {
 // 64 MiB written and synced: what a checkpoint will feel.
 Finding check_storage(const std::string& folder) {
   constexpr uint64_t kBytes = 64 << 20;
-  const std::string path = folder + "/.lockstep-doctor-" + std::to_string(::getpid()), what = "storage of " + folder;
+  // Several hosts may do this at once, and their process numbers be alike.
+  const std::string path = folder + "/.lockstep-doctor-" + own_name() + "-" + std::to_string(::getpid());
+  const std::string what = "storage of " + folder;
   try {
     const std::vector<std::byte> data(kBytes, std::byte{1});
     const auto start = std::chrono::steady_clock::now();
@@ -215,16 +225,37 @@ Finding check_storage(const std::string& folder) {
   }
 }
 
-std::vector<Finding> examine(const Arguments& arguments) {
-  std::vector<Finding> findings = {check_mpi(find_program("mpirun"))};
-  if (findings[0].good) findings.push_back(check_mpi_starts());
+std::vector<Finding> examine_machine(const Arguments& arguments) {
+  std::vector<Finding> findings = {check_version(), check_mpi(find_program("mpirun"))};
+  if (findings.back().good) findings.push_back(check_mpi_starts());
   for (Finding& finding : check_programs(arguments.get("program", ""))) findings.push_back(std::move(finding));
-  for (Finding& finding :
-       std::vector<Finding>{check_gpu(), check_cores(), check_memory(), check_shared_memory(), check_open_files(),
-                            check_locked_memory(), check_clock(), check_storage(arguments.get("run_dir", "."))}) {
+  for (Finding& finding : std::vector<Finding>{check_gpu(), check_cores(), check_instructions(), check_memory(),
+                                               check_shared_memory(), check_open_files(), check_locked_memory(),
+                                               check_clock(), check_storage(arguments.get("run_dir", "."))}) {
     findings.push_back(std::move(finding));
   }
   return findings;
+}
+
+std::vector<Host> named_hosts(const Arguments& arguments) {
+  if (arguments.has("hosts") && arguments.has("hostfile"))
+    throw ConfigError("--hosts and --hostfile are both given. Mend: one of them");
+  if (!arguments.has("hostfile")) return parse_host_list(arguments.get("hosts", ""));
+  std::ifstream file(arguments.get("hostfile", ""));
+  if (!file) throw ConfigError("cannot read " + arguments.get("hostfile", "") + ". Mend: check the path of --hostfile");
+  std::ostringstream text;
+  text << file.rdbuf();
+  return parse_hostfile(text.str(), 1);
+}
+
+std::vector<Finding> examine(const Arguments& arguments) {
+  if (!arguments.has("hosts") && !arguments.has("hostfile")) return examine_machine(arguments);
+  const std::string run_dir = std::filesystem::absolute(arguments.get("run_dir", "."));
+  std::vector<std::string> flags = {"--run_dir=" + run_dir};
+  if (arguments.has("program")) flags.push_back("--program=" + arguments.get("program", ""));
+  const Environment environment = process_environment();
+  return examine_hosts(named_hosts(arguments), remote_agent(environment, environment("SLURM_JOB_ID").has_value()),
+                       run_dir, flags);
 }
 
 int doctor(const Arguments& arguments) {
@@ -234,11 +265,10 @@ int doctor(const Arguments& arguments) {
   nlohmann::ordered_json json = nlohmann::ordered_json::array();
   for (const Finding& finding : examine(arguments)) {
     if (!finding.good && worst != ExitCode::kConfig) worst = finding.code;  // what a person can mend here comes first
-    const std::string mend = finding.good ? "" : finding.mend;
-    json.push_back({{"what", finding.what}, {"good", finding.good}, {"found", finding.found}, {"mend", mend}});
+    json.push_back(to_json(finding));
     if (arguments.has("json")) continue;
     std::cout << (finding.good ? "ok    " : "BAD   ") << finding.what << ": " << finding.found << "\n";
-    if (!finding.good) std::cout << "      mend: " << mend << "\n";
+    if (!finding.good) std::cout << "      mend: " << finding.mend << "\n";
   }
   if (arguments.has("json")) std::cout << json.dump(2) << "\n";
   return static_cast<int>(worst);
@@ -246,9 +276,10 @@ int doctor(const Arguments& arguments) {
 
 }  // namespace
 
-const Verb kDoctor = {"doctor", "doctor [--run_dir FOLDER] [--program PATH] [--json]",
-                      "Looks at what this machine lacks for training; each bad line says how to mend it. Exit code 0: "
-                      "nothing; 78: set-up; 79: the machine.",
-                      &kFlags, &doctor};
+const Verb kDoctor = {
+    "doctor", "doctor [--hosts A,B | --hostfile FILE] [--run_dir FOLDER] [--program PATH] [--json]",
+    "Looks at what this machine, or each host, lacks for training; each bad line says how to mend it. Exit "
+    "code 0: nothing; 78: set-up; 79: the machine.",
+    &kFlags, &doctor};
 
 }  // namespace lockstep::launcher

@@ -54,12 +54,6 @@ std::string range(int64_t first, int64_t count) {
   return count == 1 ? std::to_string(first) : std::to_string(first) + "-" + std::to_string(first + count - 1);
 }
 
-std::string own_name() {
-  std::array<char, 256> name{};
-  ::gethostname(name.data(), name.size() - 1);
-  return name.data();
-}
-
 pid_t start_quietly(const std::vector<std::string>& command) {
   std::vector<char*> argv;
   argv.reserve(command.size() + 1);
@@ -186,6 +180,12 @@ std::optional<Placement> place(const std::vector<Host>& hosts, int64_t most, int
     ranks -= here;
   }
   return placement;
+}
+
+std::string own_name() {
+  std::array<char, 256> name{};
+  ::gethostname(name.data(), name.size() - 1);
+  return name.data();
 }
 
 bool is_this_machine(const std::string& name) {

@@ -46,6 +46,7 @@ struct Placement {
 std::optional<Placement> place(const std::vector<Host>& hosts, int64_t most, int64_t least,
                                const std::set<int64_t>& refused);
 
+std::string own_name();  ///< of this machine
 /// Whether that name means this machine.
 bool is_this_machine(const std::string& name);
 /// Those of `hosts` that answer: `agent` HOST true (ssh, or what stands for it) ends with 0 in time. All are asked at

@@ -10,7 +10,7 @@
 namespace lockstep::launcher {
 namespace {
 
-const Verb* const kVerbs[] = {&kRun, &kInspect, &kVerify, &kImport, &kExport, &kDoctor};
+const Verb* const kVerbs[] = {&kRun, &kSubmit, &kInspect, &kVerify, &kImport, &kExport, &kDoctor};
 
 void print_help() {
   std::cout << "lockstep: distributed training around LibTorch\n\n";

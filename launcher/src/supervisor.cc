@@ -72,6 +72,7 @@ class Supervisor {
     for (;;) {
       const std::optional<Placement> placement = choose_placement();
       if (stop_requests() > 0) return finish({false, kRunAgain, {}, ""});
+      if (!placement && plan_.in_slurm && slots_ < plan_.min_ranks) return finish(leave_allocation());
       const Ending ending = placement ? start(*placement) : nowhere_to_start();
       if (placement && is_refusal(ending, *placement)) {
         state_.refused.insert(placement->ranks());
@@ -118,6 +119,11 @@ class Supervisor {
   bool is_excluded(const std::string& name) const {
     return std::any_of(state_.excluded.begin(), state_.excluded.end(),
                        [&](const std::string& host) { return short_name(host) == short_name(name); });
+  }
+
+  // An allocation gets no other nodes: the next job does. Waiting here would only spend the budget.
+  Decision leave_allocation() {
+    return {.exit_code = kRunAgain, .why = "no answer from " + joined(missing_) + "; a new job has other nodes"};
   }
 
   Ending nowhere_to_start() {

@@ -46,7 +46,7 @@ struct Verb {
   int (*run)(const Arguments& arguments);
 };
 
-extern const Verb kRun, kInspect, kVerify, kImport, kExport, kDoctor;
+extern const Verb kRun, kSubmit, kInspect, kVerify, kImport, kExport, kDoctor;
 
 /// Paths are shown and joined without a slash at their end.
 std::string without_slash(const std::string& path);
