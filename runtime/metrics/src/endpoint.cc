@@ -132,6 +132,10 @@ class Endpoint::Impl {
  public:
   Impl(const EndpointOptions& options, const RunMeter& meter)
       : options_(options), meter_(meter), wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+    if (!wake_) {
+      LOG(WARNING) << "no metrics: " << std::strerror(errno);
+      return;
+    }
     listen();
     thread_ = std::jthread([this](const std::stop_token& stop) { serve(stop); });
   }

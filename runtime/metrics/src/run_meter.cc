@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <atomic>
 #include <cctype>
 #include <charconv>
 #include <cmath>
@@ -167,20 +168,30 @@ class RunMeter::Impl {
 
   const RunFacts& facts() const { return facts_; }
   RunFigures& next() { return now_; }
-  void publish(nanoseconds at_most = {}) {
-    now_.progress_ns = steady_ns();
-    const nanoseconds steps(static_cast<int64_t>(10e9 * longest_step_s_));
-    now_.patience_ns = std::max({nanoseconds(facts_.patience), at_most, steps}).count();
+  void publish() {
     published_.store(now_);
+    progress({});
+  }
+  void progress(nanoseconds at_most) {
+    const nanoseconds steps(static_cast<int64_t>(10e9 * longest_step_s_));
+    patience_ns_.store(std::max({nanoseconds(facts_.patience), at_most, steps}).count(), std::memory_order_relaxed);
+    progress_ns_.store(steady_ns(), std::memory_order_relaxed);
   }
   void step_took(double seconds) { longest_step_s_ = std::max(longest_step_s_, seconds); }
-  RunFigures load() const { return published_.load(); }
+
+  RunFigures load() const {
+    RunFigures figures = published_.load();
+    figures.patience_ns = patience_ns_.load(std::memory_order_relaxed);
+    figures.progress_ns = progress_ns_.load(std::memory_order_relaxed);
+    return figures;
+  }
 
  private:
   RunFacts facts_;
   RunFigures now_;  // the writer's own
   double longest_step_s_ = 0;
   Published<RunFigures> published_;
+  std::atomic<int64_t> patience_ns_{0}, progress_ns_{0};
 };
 
 RunMeter::RunMeter(const RunFacts& facts) : impl_(std::make_unique<Impl>(facts)) {}
@@ -227,7 +238,7 @@ void RunMeter::save(const SaveFigures& figures) {
   impl_->publish();
 }
 
-void RunMeter::progress(std::chrono::milliseconds at_most) { impl_->publish(at_most); }
+void RunMeter::progress(std::chrono::milliseconds at_most) { impl_->progress(at_most); }
 
 RunFigures RunMeter::figures() const { return impl_->load(); }
 std::string RunMeter::exposition() const { return exposition_text(impl_->facts(), figures()); }

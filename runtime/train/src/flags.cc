@@ -75,6 +75,15 @@ DEFINE_string(share, "none",
 DEFINE_int64(eval_interval_steps, 250, "steps between evaluations; 0: only after the last step");
 DEFINE_int64(eval_samples, -1, "validation samples an evaluation; -1: all");
 DEFINE_int64(log_interval_steps, 10, "steps between lines where stderr is no terminal");
+DEFINE_int32(metrics_port, 0,
+             "port at which rank 0 serves /metrics (for Prometheus) and /healthz; 0: none. One that is taken costs a "
+             "warning, not the run");
+DEFINE_string(metrics_bind, "127.0.0.1",
+              "address of --metrics_port, IPv4 or IPv6; whoever reaches it can read the figures");
+DEFINE_string(
+    metrics_textfile, "",
+    "the same figures without a port: PATH.prom, rewritten every 5 s for the textfile collector of Prometheus' "
+    "node exporter; empty: none");
 DEFINE_string(profile_steps, "",
               "A:B: writes what every rank does in steps A to B, counted as in metrics.jsonl, to "
               "RUN_DIR/traces/step-A-B.json (chrome://tracing, Perfetto); empty: nothing");
@@ -167,6 +176,9 @@ Options options_from_flags() {
   options.eval_interval_steps = FLAGS_eval_interval_steps;
   options.eval_samples = FLAGS_eval_samples;
   options.log_interval_steps = FLAGS_log_interval_steps;
+  options.metrics_port = FLAGS_metrics_port;
+  options.metrics_bind = FLAGS_metrics_bind;
+  options.metrics_textfile = FLAGS_metrics_textfile;
   options.profile_steps = FLAGS_profile_steps;
   options.check_collectives = FLAGS_check_collectives;
   options.replica_check_interval_steps = FLAGS_replica_check_interval_steps;

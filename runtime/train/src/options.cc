@@ -3,6 +3,7 @@
 #include <nlohmann/json.hpp>
 
 #include <lockstep/base/error.h>
+#include <lockstep/metrics/endpoint.h>
 #include <lockstep/train/options.h>
 
 #include "profile.h"
@@ -57,6 +58,20 @@ void resolve_pipeline(Options& options) {
               " needs --pipeline_schedule=interleaved and --pipeline_parallel_size of 2 or more");
 }
 
+void check_watching(const Options& options) {
+  require(parse_steps(options.profile_steps).last <= options.steps,
+          "--profile_steps=" + options.profile_steps + " ends after --steps=" + num(options.steps));
+  require(options.metrics_port >= 0 && options.metrics_port <= 65'535,
+          "--metrics_port=" + num(options.metrics_port) + " is none of 0 (no port) to 65535");
+  require(metrics::is_address(options.metrics_bind),
+          "--metrics_bind=" + options.metrics_bind +
+              " is no IPv4 or IPv6 address. Mend: 127.0.0.1 for this host alone, 0.0.0.0 for every interface");
+  require(options.metrics_textfile.empty() || options.metrics_textfile.ends_with(".prom"),
+          "--metrics_textfile=" + options.metrics_textfile +
+              " does not end with .prom: node exporter would not read it. Mend: --metrics_textfile=" +
+              options.metrics_textfile + ".prom");
+}
+
 }  // namespace
 
 Options resolve(Options options, int world_size) {
@@ -77,8 +92,7 @@ Options resolve(Options options, int world_size) {
           "--reduction=" + options.reduction + " is neither ordered nor fast");
   require(options.replica_check_interval_steps >= 0,
           "--replica_check_interval_steps=" + num(options.replica_check_interval_steps) + " must not be negative");
-  require(parse_steps(options.profile_steps).last <= options.steps,
-          "--profile_steps=" + options.profile_steps + " ends after --steps=" + num(options.steps));
+  check_watching(options);
   require(options.share == "none" || options.share == "group",
           "--share=" + options.share + " is neither none nor group");
   require(!options.run_dir.empty(), "--run_dir is empty: name the folder this run lives in");

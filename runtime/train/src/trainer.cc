@@ -15,7 +15,6 @@
 #include <lockstep/checkpoint/checkpoint.h>
 #include <lockstep/collectives/arithmetic.h>
 #include <lockstep/data/loader.h>
-#include <lockstep/metrics/run_log.h>
 #include <lockstep/nn/cpu_allocator.h>
 #include <lockstep/train/trainer.h>
 
@@ -28,6 +27,7 @@
 #include "run_directory.h"
 #include "save_interval.h"
 #include "step_exchange.h"
+#include "watch.h"
 #include "whole_model.h"
 
 namespace lockstep::train {
@@ -38,18 +38,6 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
-
-// What rank 0 writes while the run goes on.
-struct Watch {
-  Watch(Fs& fs, const Options& options, int64_t resume_step, uint64_t epoch)
-      : ledger(fs, options.run_dir + "/ledger.jsonl", epoch),
-        metrics(fs, options.run_dir + "/metrics.jsonl", resume_step, epoch),
-        progress(options.steps, options.log_interval_steps) {}
-  metrics::Ledger ledger;
-  metrics::MetricsFile metrics;
-  std::optional<metrics::TensorBoardWriter> board;  // once the run is ours
-  metrics::ProgressLine progress;
-};
 
 class Trainer {
  public:
@@ -87,7 +75,6 @@ class Trainer {
   void skip_step(const StepReport& report, double loss);
   void check_replicas(int64_t bucket, std::span<const uint64_t> digests);
   void check_all_replicas();
-  void report_step(double loss, double grad_norm, double learning_rate, double accuracy, double step_s);
   int64_t prefetch();
 
   void evaluate();
@@ -213,14 +200,24 @@ void Trainer::take_run() {
   if (!resumed_path_.empty()) record["from"] = resumed_path_;
   if (!changed_.empty()) record["changed"] = changed_;
   Replacement run_record(fs_, options_.run_dir + "/run.json", epoch_, record.dump(2) + "\n");
-  watch_ = std::make_unique<Watch>(fs_, options_, step_, epoch_);
+  watch_ = std::make_unique<Watch>(fs_, options_,
+                                   metrics::RunFacts{.count_unit = task_.count_unit(),
+                                                     .libtorch = TORCH_VERSION,
+                                                     .planned_steps = options_.steps,
+                                                     .samples_per_step = options_.global_batch_size,
+                                                     .world_size = world_.size(),
+                                                     .incarnation = epoch_,
+                                                     .first_step = step_,
+                                                     .durable_step = saved_step_,
+                                                     .patience = options_.runtime.collective_timeout},
+                                   epoch_);
   watch_->ledger.append(result_.resumed_from < 0 ? "start" : "resume", record.dump());
   store_->as_owner([&] {
     watch_->ledger.publish();
     watch_->metrics.publish();
     run_record.publish();
   });
-  watch_->board.emplace(options_.run_dir, step_);
+  watch_->begin(options_, step_);
   LOG(INFO) << task_.name() << ": " << model_.num_parameters() << " parameters, " << mesh_.describe() << ", "
             << options_.num_leaves() << " micro-batches of " << options_.micro_batch_size << " a step, "
             << lanes_.size() << " at once on this rank, " << options_.precision << ", run directory "
@@ -365,8 +362,14 @@ void Trainer::step() {
     ++step_;
     result_.loss = loss;
     if (is_chief())
-      report_step(loss, grad_norm, learning_rate, report.has_correct ? report.correct.value() / divisor : kNan,
-                  seconds_since(start));
+      watch_->step({.step = step_,
+                    .loss = loss,
+                    .grad_norm = grad_norm,
+                    .learning_rate = learning_rate,
+                    .accuracy = report.has_correct ? report.correct.value() / divisor : kNan,
+                    .count = step_count_,
+                    .seconds = seconds_since(start),
+                    .memory_bytes = resident_bytes()});
   }
   step_count_ = report.count;
   save_is_due_ = report.save != 0;
@@ -420,6 +423,7 @@ void Trainer::skip_step(const StepReport& report, double loss) {
     note("skipped", {{"step", step_}});
   }
   ++step_;
+  if (is_chief()) watch_->meter.skip_step();
 }
 
 int64_t Trainer::prefetch() {
@@ -432,42 +436,18 @@ int64_t Trainer::prefetch() {
   return count;
 }
 
-void Trainer::report_step(double loss, double grad_norm, double learning_rate, double accuracy, double step_s) {
-  const double rate = static_cast<double>(step_count_) / step_s;
-  const std::string unit = task_.count_unit();
-  metrics::Scalars scalars = {{"loss", loss},
-                              {"grad_norm", grad_norm},
-                              {"learning_rate", learning_rate},
-                              {unit, static_cast<double>(step_count_)},
-                              {"step_s", step_s},
-                              {unit + "_per_s", rate},
-                              {"memory_bytes", static_cast<double>(resident_bytes())}};
-  if (!std::isnan(accuracy)) scalars.emplace_back("accuracy", accuracy);
-  watch_->metrics.append(step_, scalars);
-  for (auto& [name, value] : scalars) name.insert(0, "train/");
-  watch_->board->scalars(step_, scalars);
-  watch_->progress.step(step_, loss, learning_rate, grad_norm, rate, unit);
-}
-
 void Trainer::evaluate() {
   if (!validation_) return;
   const metrics::TraceSpan span(track_, "evaluate", "step");
   const data::EvaluationPass pass(validation_, options_.micro_batch_size, options_.eval_samples);
-  const StepReport report =
-      exchange(world_, model_.evaluate(pass.num_micro_batches(), [&](int64_t number) { return pass.get(number); }));
+  const StepReport report = exchange(world_, model_.evaluate(pass.num_micro_batches(), [&](int64_t number) {
+    if (is_chief()) watch_->meter.progress();  // from any lane
+    return pass.get(number);
+  }));
   const double count = static_cast<double>(report.count);
   result_.validation_loss = report.loss.value() / count;
   if (report.has_correct) result_.validation_accuracy = report.correct.value() / count;
-  if (!is_chief()) return;
-  metrics::Scalars scalars = {{"validation/loss", result_.validation_loss}};
-  std::string text = "validation loss " + std::to_string(result_.validation_loss);
-  if (report.has_correct) {
-    scalars.emplace_back("validation/accuracy", result_.validation_accuracy);
-    text += ", accuracy " + std::to_string(result_.validation_accuracy);
-  }
-  watch_->board->scalars(step_, scalars);
-  watch_->board->flush();
-  watch_->progress.message("step " + std::to_string(step_) + "  " + text);
+  if (is_chief()) watch_->evaluation(step_, result_.validation_loss, result_.validation_accuracy);
 }
 
 // What computes: the bits depend on it, beside the configuration; of the mesh, by tier A, they do not.
@@ -500,7 +480,10 @@ void Trainer::save() {
   const metrics::TraceSpan span(track_, "checkpoint", "step");
   finish_save();
   if (saved_step_ == step_) return;
-  if (is_chief()) watch_->metrics.flush();
+  if (is_chief()) {
+    watch_->metrics.flush();
+    watch_->meter.progress(options_.save_timeout);  // training stands still until it is done
+  }
   const bool durable = store_->save(progress(), model_.state());
   report_save(durable ? store_->last_save() : checkpoint::SaveResult{.step = step_});
 }
@@ -515,18 +498,13 @@ void Trainer::finish_save() {
 }
 
 void Trainer::report_save(const checkpoint::SaveResult& result) {
-  const std::string name = "step " + std::to_string(result.step);
   if (result.durable) saved_step_ = result.step;
   save_interval_.saved(result);
   if (!is_chief()) return;
-  if (result.durable) {
+  if (result.durable)
     note("durable",
          {{"step", result.step}, {"epoch", epoch_}, {"save_s", result.seconds}, {"stall_s", result.stall_seconds}});
-    watch_->progress.message(name + "  checkpoint durable after " + std::to_string(result.seconds) +
-                             " s, training held up for " + std::to_string(result.stall_seconds) + " s");
-  } else {
-    LOG(WARNING) << name << " could not be saved; training goes on, the checkpoints before it are untouched";
-  }
+  watch_->save(result);
 }
 
 // What ends must be saved: storage may have been busy, so twice; then it is the user's turn.

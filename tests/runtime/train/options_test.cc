@@ -51,6 +51,10 @@ TEST(OptionsTest, WhatDoesNotWorkOutPrintsBothSidesAndTheMend) {
   EXPECT_THAT(refusal([](Options& o) { o.reduction = "best"; }), HasSubstr("neither ordered nor fast"));
   EXPECT_THAT(refusal([](Options& o) { o.schedule.kind = "sine"; }), HasSubstr("sine"));
   EXPECT_THAT(refusal([](Options& o) { o.run_dir = ""; }), HasSubstr("--run_dir"));
+  EXPECT_THAT(refusal([](Options& o) { o.metrics_port = 65'536; }), HasSubstr("--metrics_port=65536"));
+  EXPECT_THAT(refusal([](Options& o) { o.metrics_bind = "localhost"; }),
+              AllOf(HasSubstr("--metrics_bind=localhost"), HasSubstr("127.0.0.1")));
+  EXPECT_THAT(refusal([](Options& o) { o.metrics_textfile = "run"; }), HasSubstr("--metrics_textfile=run.prom"));
   EXPECT_THAT(refusal([](Options& o) { o.mesh.expert = 2, o.global_batch_size = 10, o.micro_batch_size = 1; }, 4),
               AllOf(HasSubstr("10 micro-batches"), HasSubstr("size 4"), HasSubstr("--global_batch_size=12")));
   EXPECT_THAT(refusal([](Options& o) { o.mesh.expert = 2, o.zero_stage = 2; }, 4), HasSubstr("--zero_stage=1"));

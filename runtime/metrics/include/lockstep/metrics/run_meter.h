@@ -67,7 +67,7 @@ struct Health {
 /// The figures of a run, put down by the thread that trains and read by any other, at any time.
 ///
 /// The writer stores a few dozen words a step and waits for nobody; a reader sees one moment, never half a step.
-/// Threads: one writes, any number read.
+/// Threads: one writes, any number read; progress() from any number at once while nothing else is written.
 class RunMeter {
  public:
   explicit RunMeter(const RunFacts& facts);

@@ -65,6 +65,9 @@ struct Options {
   int64_t eval_interval_steps = 250;  ///< <= 0: only after the last step
   int64_t eval_samples = -1;          ///< -1: the whole validation split
   int64_t log_interval_steps = 10;
+  int metrics_port = 0;  ///< metrics/endpoint.h, on rank 0; 0: none
+  std::string metrics_bind = "127.0.0.1";
+  std::string metrics_textfile;    ///< the same as a file; empty: none
   std::string profile_steps;       ///< "10:12": what all ranks do in these steps goes into traces/step-10-12.json
   bool check_collectives = false;  ///< compare across ranks what they must do alike: so far, plans of checkpoints
   int64_t replica_check_interval_steps = 100;  ///< steps in which all that replicas hold is compared once; 0: off
