@@ -134,8 +134,8 @@ void add_checkpoints(Exposition& out, const RunFigures& now) {
   out.counter("checkpoint_failed_saves_total", "Checkpoints of this start that could not be saved.", now.failed_saves);
   out.counter("checkpoint_stall_seconds_total", "Time for which saves have held training up.", now.total_stall_seconds);
   if (now.saves == 0) return;
-  out.gauge("checkpoint_save_seconds", "Time the last save took until it was durable.", now.save_seconds);
-  out.gauge("checkpoint_stall_seconds", "Time for which the last save held training up.", now.stall_seconds);
+  out.gauge("checkpoint_last_save_seconds", "Time the last save took until it was durable.", now.save_seconds);
+  out.gauge("checkpoint_last_stall_seconds", "Time for which the last save held training up.", now.stall_seconds);
 }
 
 }  // namespace

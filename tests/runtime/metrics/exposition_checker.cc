@@ -45,7 +45,9 @@ class Checker {
     if (std::regex_match(line, parts, kHelp)) {
       end_family();
       family_ = {parts[1]};
-      if (!names_.insert(family_.name).second) complain("stands twice");
+      // A counter's name is without its ending to newer readers.
+      const size_t end = family_.name.ends_with("_total") ? family_.name.size() - 6 : family_.name.size();
+      if (!names_.insert(family_.name.substr(0, end)).second) complain("stands twice");
     } else if (std::regex_match(line, parts, kType)) {
       if (parts[1] != family_.name || !family_.type.empty()) complain("TYPE does not follow HELP: " + line);
       family_.type = parts[2];

@@ -124,12 +124,12 @@ lockstep_checkpoint_failed_saves_total 1
 # HELP lockstep_checkpoint_stall_seconds_total Time for which saves have held training up.
 # TYPE lockstep_checkpoint_stall_seconds_total counter
 lockstep_checkpoint_stall_seconds_total 0.125
-# HELP lockstep_checkpoint_save_seconds Time the last save took until it was durable.
-# TYPE lockstep_checkpoint_save_seconds gauge
-lockstep_checkpoint_save_seconds 1.5
-# HELP lockstep_checkpoint_stall_seconds Time for which the last save held training up.
-# TYPE lockstep_checkpoint_stall_seconds gauge
-lockstep_checkpoint_stall_seconds 0.125
+# HELP lockstep_checkpoint_last_save_seconds Time the last save took until it was durable.
+# TYPE lockstep_checkpoint_last_save_seconds gauge
+lockstep_checkpoint_last_save_seconds 1.5
+# HELP lockstep_checkpoint_last_stall_seconds Time for which the last save held training up.
+# TYPE lockstep_checkpoint_last_stall_seconds gauge
+lockstep_checkpoint_last_stall_seconds 0.125
 )");
 }
 
@@ -158,7 +158,7 @@ TEST(ExpositionTest, WhatIsNotKnownYetIsLeftOut) {
   EXPECT_EQ(samples.at("lockstep_step"), 100);
   EXPECT_EQ(samples.at("lockstep_steps_total"), 0);
   for (const char* name : {"loss", "last_step_timestamp_seconds", "validation_loss", "checkpoint_durable_step",
-                           "checkpoint_save_seconds", "memory_bytes"})
+                           "checkpoint_last_save_seconds", "memory_bytes"})
     EXPECT_THAT(samples, Not(Contains(Key(std::string("lockstep_") + name))));
 }
 
@@ -230,6 +230,7 @@ TEST(ExpositionCheckerTest, RefusesWhatPrometheusWouldNotRead) {
         "# HELP h H.\n# TYPE h histogram\nh_bucket{le=\"+Inf\"} 1\nh_count 1\n"})
     EXPECT_THAT(exposition_problems(bad), Not(IsEmpty())) << bad;
   EXPECT_THAT(exposition_problems(good + good), Not(IsEmpty()));
+  EXPECT_THAT(exposition_problems(good + "# HELP a A.\n# TYPE a gauge\na 1\n"), Not(IsEmpty())) << "one in OpenMetrics";
 }
 
 TEST(HealthTest, ARunIsHealthyAsLongAsSomethingGetsFinished) {
