@@ -1,5 +1,6 @@
 """watched_run_test.py BIN_DIR: a run of two ranks is watched while it trains, over its port and through its text file, read by Prometheus' own parser;
-nothing of it listens anywhere but on loopback; a port that is taken costs a second run a warning and nothing else."""
+nothing of it listens anywhere but on loopback; a port that is taken costs a second run a warning and nothing else. With LOCKSTEP_DEEP=1 also what
+64 idle clients cost a step."""
 
 import contextlib
 import math
@@ -7,9 +8,11 @@ import os
 import pathlib
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -18,6 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "support"))
 import runs
 
 FLAGS = ["--layers=1", "--width=32", "--heads=2", "--sequence_length=32", "--global_batch_size=8", "--micro_batch_size=4"]
+PHASES, PHASE_S = 24, 2
 LISTENING = "0A"  # the kernel's TCP_LISTEN
 LOOPBACK = ("0100007F", "00000000000000000000000001000000")  # 127.0.0.1 and ::1, as the kernel prints them
 
@@ -113,11 +117,9 @@ def check_listeners(run_dir, port):
     ranks = runs.processes_of(run_dir, "gpt")
     assert len(ranks) == 2, ranks
     found = listening(ranks)
-    assert ("0100007F", port) in found, found
-    # Open MPI opens ports of its own in each rank, for other hosts; ours is the one that was asked for.
-    outside = {place for place in found if place[0] not in LOOPBACK}
-    print(f"ranks listen at {len(found)} ports, {len(outside)} of them not on loopback", flush=True)
-    return outside
+    assert ("0100007F", port) in found and all(address in LOOPBACK for address, _ in found), found
+    starters = [process for process in runs.processes_of(run_dir) if process not in ranks]
+    print(f"the ranks listen at {len(found)} port of loopback; the launcher and mpirun: {sorted(listening(starters))}", flush=True)
 
 
 def check_other_pages(port):
@@ -125,6 +127,76 @@ def check_other_pages(port):
     assert status == 200 and text.startswith("ok: step "), text
     for path in ("/", "/metrics/../healthz", "/debug/pprof", "/-/quit"):
         assert get(port, path)[0] == 404, path
+
+
+@contextlib.contextmanager
+def idle_clients(port, count):
+    """Clients that never ask, and come back when they are sent away. Of lowest priority: what they cost themselves is not the question."""
+    clients, is_over = [], threading.Event()
+
+    def keep_up():
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        while not is_over.wait(0.5):
+            for i, client in enumerate(clients):
+                with contextlib.suppress(BlockingIOError):
+                    client.recv(1000)
+                    clients[i] = connect()
+
+    def connect():
+        client = socket.create_connection(("127.0.0.1", port))
+        client.setblocking(False)
+        return client
+
+    try:
+        clients.extend(connect() for _ in range(count))
+        keeper = threading.Thread(target=keep_up)
+        keeper.start()
+        yield
+    finally:
+        is_over.set()
+        keeper.join()
+        for client in clients:
+            client.close()
+
+
+def step_now(port):
+    return int(samples_of(get(port, "/metrics")[2])["lockstep_step"])
+
+
+def endpoint_cpu_s(run_dir):
+    """Processor time of the one thread of lowest priority that the ranks have."""
+    tasks = [task for rank in runs.processes_of(run_dir, "gpt") for task in pathlib.Path(f"/proc/{rank}/task").iterdir()]
+    found = [task for task in tasks if (task / "stat").read_text().rpartition(")")[2].split()[16] == "19"]
+    assert len(found) == 1, found
+    return int((found[0] / "schedstat").read_text().split()[0]) * 1e-9
+
+
+def check_step_time(bin_dir, folder, data):
+    """Seconds with and without the clients take turns in one run, so that whatever else the machine does meets both alike."""
+    port, run_dir, phases, cpu_s = free_port(), folder / "timed", [], [0, 0]
+    flags = ["--model=gpt2", "--layers=2", "--width=64", "--heads=4", "--sequence_length=64", "--global_batch_size=16", "--micro_batch_size=8", *data,
+             "--steps=1000000", "--checkpoint_interval_steps=0", "--eval_interval_steps=0", f"--metrics_port={port}"]
+    job = subprocess.Popen(runs.command(bin_dir, "gpt", 2, run_dir, flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: page_with(port, "lockstep_loss"), job)
+        for phase in range(2 * PHASES):
+            before = endpoint_cpu_s(run_dir)
+            with idle_clients(port, 64) if phase % 2 else contextlib.nullcontext():
+                first = step_now(port)
+                time.sleep(PHASE_S)
+                phases.append(range(first + 3, step_now(port) - 1))
+            cpu_s[phase % 2] += endpoint_cpu_s(run_dir) - before
+    finally:
+        job.terminate()
+        job.wait(timeout=90)
+    seconds = {line["step"]: line["step_s"] for line in runs.metrics(run_dir)}
+    def median(some):
+        return statistics.median(seconds[step] for phase in some for step in phase)
+    without, during, noise = median(phases[::2]), median(phases[1::2]), median(phases[2::4]) / median(phases[::4])
+    print(f"step {1e3 * without:.2f} ms, with 64 idle clients {1e3 * during:.2f} ms: {100 * (during / without - 1):+.1f} % (of seconds without them, every other "
+          f"against the rest {100 * (noise - 1):+.1f} %). The endpoint's thread takes {100 * cpu_s[1] / PHASES / PHASE_S:.2f} % of a core, "
+          f"{100 * cpu_s[0] / PHASES / PHASE_S:.2f} % without them", flush=True)
+    assert during <= 1.02 * without
 
 
 def main():
@@ -154,6 +226,8 @@ def main():
         check_page(text_file.read_text())
         assert last["lockstep_step"] == last["lockstep_checkpoint_durable_step"] == runs.metrics(run_dir)[-1]["step"], last
         assert sorted(name.name for name in folder.glob("lockstep.prom*")) == ["lockstep.prom"]
+        if os.environ.get("LOCKSTEP_DEEP") == "1":
+            check_step_time(bin_dir, folder, data)
         print(f"watched to step {int(last['lockstep_step'])}: {len(samples_of(text))} samples, {len(text)} bytes", flush=True)
 
 
