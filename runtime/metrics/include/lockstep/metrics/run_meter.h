@@ -94,7 +94,7 @@ class RunMeter {
 };
 
 /// Prometheus' text format 0.0.4, a HELP and a TYPE line for each metric. What there is no value of yet is left out;
-/// of labels there are two, versions. Names are explained in README.md.
+/// labels are two versions, and the histogram's bounds. Names are explained in README.md.
 /// Source: https://prometheus.io/docs/instrumenting/exposition_formats/
 std::string exposition_text(const RunFacts& facts, const RunFigures& figures);
 
