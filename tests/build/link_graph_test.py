@@ -42,7 +42,7 @@ for line in graph.read_text().splitlines():
 assert arrows > 15, f"{graph} has only {arrows} arrows: is it whole?"
 
 # What the dynamic linker would load, in the end. Ranks may die of their libraries; what starts and watches them may not.
-for path in [build / "bin/lockstep", build / "bin/tokenize", *(build / f"lib/liblockstep_{name}.so" for name in TORCH_FREE - {"flight"})]:
+for path in [build / "bin/lockstep", build / "bin/tokenize", *(build / f"lib/liblockstep_{name}.so" for name in TORCH_FREE)]:
     needed = subprocess.run(["ldd", path], check=True, text=True, capture_output=True).stdout
     faults += [f"{path.name} loads {line.split()[0]}" for line in needed.splitlines() if HEAVY.search(line.split()[0])]
 # The core runs where there is no GPU and no driver: nothing of ours but the plug-in asks for a CUDA library itself.
