@@ -4,6 +4,7 @@
 #include <functional>
 #include <mutex>
 #include <numeric>
+#include <thread>
 #include <vector>
 
 #include <sched.h>
@@ -246,15 +247,21 @@ class MpiGroup : public ProcessGroup {
     }
 
     void wait() override {
+      std::chrono::steady_clock::time_point idle_since{};
       for (int64_t spins = 0; !poll(); ++spins) {
         if (spins < kSpinsBeforeYield) continue;
         sched_yield();
-        if (spins % 64 == 0 && std::chrono::steady_clock::now() > deadline_) {
+        if (spins % 64 != 0) continue;
+        const auto now = std::chrono::steady_clock::now();
+        if (now > deadline_) {
           *broken_ = true;
           throw CollectiveError(
               doing_ + " timed out after " + std::to_string(timeout_.count()) +
               " ms. Mend: look for the first ERROR of another rank; run again to go on from the last checkpoint");
         }
+        if (spins == kSpinsBeforeYield) idle_since = now;
+        // Who comes this late is in no hurry; others want the core.
+        if (now - idle_since > std::chrono::seconds(1)) std::this_thread::sleep_for(std::chrono::milliseconds(1));
       }
     }
 

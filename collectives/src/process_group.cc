@@ -4,18 +4,35 @@
 #include <ATen/ops/empty.h>
 
 #include <lockstep/collectives/process_group.h>
+#include <lockstep/flight/ring.h>
 
 namespace lockstep {
 
 void Work::wait() {
   if (!operation_) return;
-  operation_->wait();
+  if (ring_ != nullptr) ring_->wait(ticket_);
+  try {
+    operation_->wait();
+  } catch (...) {
+    if (ring_ != nullptr) ring_->leave(ticket_);
+    throw;
+  }
+  if (ring_ != nullptr) ring_->done(ticket_);
   operation_.reset();
 }
 
 bool Work::poll() {
-  if (operation_ && operation_->poll()) operation_.reset();
+  if (operation_ && operation_->poll()) {
+    if (ring_ != nullptr) ring_->done(ticket_);
+    operation_.reset();
+  }
   return !operation_;
+}
+
+void Work::watch(flight::Ring& ring, uint64_t ticket) {
+  if (!operation_) return ring.done(ticket);
+  ring_ = &ring;
+  ticket_ = ticket;
 }
 
 at::Tensor ProcessGroup::empty_mapped(int64_t numel, at::TensorOptions options) { return at::empty({numel}, options); }

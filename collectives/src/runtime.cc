@@ -17,6 +17,7 @@
 #include <lockstep/collectives/runtime.h>
 #include <lockstep/collectives/shm_group.h>
 
+#include "flight_recorder.h"
 #include "id_exchange.h"
 #include "mpi_handles.h"
 #include "placement.h"
@@ -95,7 +96,7 @@ std::unique_ptr<ProcessGroup> make_cpu_world(const RankInfo& info, const Runtime
   }
 }
 
-std::unique_ptr<Runtime> start_runtime(const RankInfo& info, const RuntimeOptions& options) {
+std::unique_ptr<Runtime> start_runtime(const RankInfo& info, const RuntimeOptions& options, FlightRecorder* recorder) {
   // Before torch is used for anything: asked for CUDA without the plug-in, it would say no for ever.
   const CudaState cuda = may_use_gpu(options) ? load_cuda_plugin() : CudaState{};
   if (cuda.has_driver && cuda.plugin == nullptr && info.rank == 0) LOG(WARNING) << cuda.why;
@@ -117,6 +118,7 @@ std::unique_ptr<Runtime> start_runtime(const RankInfo& info, const RuntimeOption
   } else {
     world = info.has_mpi && !placement.is_on_gpu ? make_cpu_world(info, options) : std::move(make_local_world(1)[0]);
   }
+  if (recorder != nullptr) world = recorder->watch(std::move(world));
   return std::make_unique<Runtime>(info, device, std::move(world));
 }
 
@@ -148,6 +150,7 @@ int run_rank(const RuntimeOptions& options, const std::function<int(Runtime&)>& 
   install_stop_handlers();        // first: a signal before this would kill the rank
   share_new_files(Share::kNone);  // before MPI and the log make files
   const LaunchRecords records = LaunchRecords::from_environment(process_environment());
+  std::unique_ptr<FlightRecorder> recorder;
   std::unique_ptr<Runtime> runtime;
   int rank = 0;
   try {
@@ -156,7 +159,8 @@ int run_rank(const RuntimeOptions& options, const std::function<int(Runtime&)>& 
     start_logging("lockstep", info.rank, info.world_size);
     records.record_crashes(info.rank, info.world_size);  // before MPI, which takes over only what nobody has
     if (info.has_mpi && info.launcher != "srun") prctl(PR_SET_PDEATHSIG, SIGKILL);  // no rank outlives its mpirun
-    runtime = start_runtime(info, options);
+    recorder = FlightRecorder::start(info, options);
+    runtime = start_runtime(info, options, recorder.get());
     if (rank == 0) records.say_ready();
     int code = 0;
     try {
@@ -166,12 +170,14 @@ int run_rank(const RuntimeOptions& options, const std::function<int(Runtime&)>& 
       code = static_cast<int>(stop.exit_code());
     }
     runtime->world().close();
+    if (recorder) recorder->note_end(code, "");
     if (mpi_is_up()) MPI_Finalize();
     if (rank == 0) records.say_done(code);
     return code;
   } catch (...) {
     const Failure failure = describe_current_exception();
     const int code = static_cast<int>(failure.code);
+    if (recorder) recorder->note_end(code, failure.message);
     if (failure.code != ExitCode::kConfig || rank == 0 || !rank_zero_says_it()) {
       records.say_failed(rank, code, failure.message);  // first: standard error may be lost
       LOG(ERROR) << failure.message;

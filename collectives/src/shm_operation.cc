@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <thread>
 
 #include <sched.h>
 
@@ -136,7 +137,15 @@ void ShmOperation::wait_a_little(int64_t idle) {
   if (idle < channel_->num_spins) return pause();
   move_others_on();
   sched_yield();
-  if (idle % 16 == 0 && std::chrono::steady_clock::now() > deadline_) time_out();
+  if (idle % 16 != 0) return;
+  const auto now = std::chrono::steady_clock::now();
+  if (now > deadline_) time_out();
+  if (idle < channel_->num_spins + 16) {
+    idle_since_ = now;
+  } else if (now - idle_since_ > std::chrono::seconds(1)) {
+    std::this_thread::sleep_for(
+        std::chrono::milliseconds(1));  // who comes this late is in no hurry; others want the core
+  }
 }
 
 void ShmOperation::time_out() {

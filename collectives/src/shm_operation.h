@@ -118,7 +118,7 @@ class ShmOperation : public Work::Operation {
   [[noreturn]] void time_out();
 
   Milliseconds timeout_;
-  std::chrono::steady_clock::time_point deadline_;
+  std::chrono::steady_clock::time_point deadline_, idle_since_;
   std::atomic<bool> is_done_{false};
   std::exception_ptr failure_;
   at::Tensor first_;  // kept too; most operations have no other

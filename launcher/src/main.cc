@@ -16,7 +16,7 @@ void print_help() {
   std::cout << "lockstep: distributed training around LibTorch\n\n";
   for (const Verb* verb : kVerbs) std::cout << "  lockstep " << verb->usage << "\n      " << verb->summary << "\n";
   std::cout << "\nlockstep VERB --help tells more. Exit codes: 0 done, 65 bad data, 70 bug, 73 fenced, 74 storage, 75 "
-               "run again, 76 hang, 77 restarts spent, 78 flags or configuration, 79 bad node.\n";
+               "run again, 76 a collective hung, 77 restarts spent, 78 flags or configuration, 79 bad node.\n";
 }
 
 void print_help(const Verb& verb) {
@@ -37,6 +37,7 @@ int dispatch(const std::vector<std::string>& words) {
     std::cout << "lockstep " LOCKSTEP_VERSION "\n";
     return 0;
   }
+  if (words[0] == kAgent.name) return kAgent.run(Arguments({words.begin() + 1, words.end()}, *kAgent.flags));
   std::vector<std::string> names;
   for (const Verb* verb : kVerbs) {
     names.emplace_back(verb->name);

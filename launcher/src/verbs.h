@@ -47,6 +47,7 @@ struct Verb {
 };
 
 extern const Verb kRun, kSubmit, kInspect, kVerify, kImport, kExport, kDoctor;
+extern const Verb kAgent;  // hidden: not in the help
 
 /// Paths are shown and joined without a slash at their end.
 std::string without_slash(const std::string& path);

@@ -201,9 +201,14 @@ metrics::TraceSpan GradientReducer::span(const char* name, const Bucket& bucket)
   return {options_.track, name, "collective", {"bucket", bucket.number}, {"bytes", bucket.layout.numel() * 4}};
 }
 
+flight::LabelScope GradientReducer::label_of(const Bucket& bucket) const {
+  return {static_cast<int32_t>(bucket.number), parameters_[bucket.parameters[0]].name};
+}
+
 void GradientReducer::reduce_bucket(Bucket& bucket) {
   const nn::MemoryScope memory(nn::MemoryKind::kScratch);
   const auto launch = span("launch reduction", bucket);
+  const flight::LabelScope label = label_of(bucket);
   if (options_.reduction == Reduction::kOrdered) {
     bucket.reduction.emplace(group_, options_.num_leaves, bucket.roots, bucket.layout.pieces(), bucket.piece.options(),
                              options_.timeout);
@@ -226,6 +231,7 @@ void GradientReducer::fold() {
       fold_roots(root_blocks_, bucket->roots);  // in place: roots[0] is the gradient
     } else if (bucket->reduction) {
       const auto wait = span("wait for reduction", *bucket);
+      const flight::LabelScope label = label_of(*bucket);
       bucket->reduction->finish(bucket->piece);
       bucket->reduction.reset();
     } else {
@@ -280,6 +286,7 @@ bool GradientReducer::wants_gather(const Bucket& bucket) const {
 
 void GradientReducer::gather(Bucket& bucket) {
   const auto launch = span("launch gradient gather", bucket);
+  const flight::LabelScope label = label_of(bucket);
   std::vector<int64_t> counts;
   for (const Piece& piece : bucket.layout.pieces_of_shard(shard())) counts.push_back(piece.numel);
   ProcessGroup& replicas = split_replicas_ ? *split_replicas_ : group_;

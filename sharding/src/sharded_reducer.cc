@@ -158,10 +158,15 @@ metrics::TraceSpan ShardedReducer::span(const char* name, size_t bucket) const {
   return {options_.track, name, "collective", {"bucket", number}, {"bytes", buckets_[bucket]->layout.numel() * 4}};
 }
 
+flight::LabelScope ShardedReducer::label_of(size_t bucket) const {
+  return {static_cast<int32_t>(bucket), parameters_[buckets_[bucket]->parameters[0]].name};
+}
+
 void ShardedReducer::launch(size_t number, int64_t round) {
   Bucket& bucket = *buckets_[number];
   while (flights_.size() >= kMaxFlights) land();
   const auto launch = span("launch reduction", number);
+  const flight::LabelScope label = label_of(number);
   const auto& pieces = bucket.layout.pieces();
   const int have = participants(round), rank = group_.rank();
   const bool has_leaf = rank < have;
@@ -281,6 +286,7 @@ ExactSum ShardedReducer::publish() {
       squares.add_squares({bucket->piece.const_data_ptr<float>(), static_cast<size_t>(bucket->piece.numel())});
     if (num_replicas() == 1) continue;
     const auto launch = span("launch gradient gather", number);
+    const flight::LabelScope label = label_of(number);
     std::vector<int64_t> counts;
     for (const Piece& piece : bucket->layout.pieces_of_shard(shard())) counts.push_back(piece.numel);
     ProcessGroup& replicas = split_replicas_ ? *split_replicas_ : group_;

@@ -1,6 +1,7 @@
 // all_reduce_bench WHAT BYTES: one all-reduce of f32 under mpirun, timed. WHAT: mapped (ours, of tensors the peers
-// reach), plain (ours, of ordinary tensors), mpi (MPI_Allreduce as mpirun's parameters have it). Rank 0 prints the
-// median over rounds of the slowest rank's microseconds; a wrong sum ends it with 1.
+// reach), watched (the same, noted in a flight ring), plain (ours, of ordinary tensors), mpi (MPI_Allreduce as mpirun's
+// parameters have it). Rank 0 prints the median over rounds of the slowest rank's microseconds; a wrong sum ends it
+// with 1.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -15,6 +16,8 @@
 #include <lockstep/collectives/arithmetic.h>
 #include <lockstep/collectives/mpi_group.h>
 #include <lockstep/collectives/shm_group.h>
+
+#include "watched_group.h"
 
 namespace {
 
@@ -57,10 +60,17 @@ double median_us(int64_t bytes, const std::function<void()>& all_reduce, const s
 }
 
 int measure(const std::string& what, int64_t bytes) {
-  const auto world = make_shm_group(make_mpi_world());
+  auto world = make_shm_group(make_mpi_world());
+  if (what == "watched") {
+    std::shared_ptr<flight::Ring> ring =
+        flight::Ring::create(flight::ring_path(flight::job_key(process_environment()), world->rank()),
+                             {.rank = world->rank(), .world_size = world->size()});
+    auto group = ring->add_world();
+    world = watch_world(std::move(world), std::move(ring), std::move(group));
+  }
   const int64_t numel = bytes / 4;
-  const at::Tensor x =
-      what == "mapped" ? world->empty_mapped(numel, at::TensorOptions(at::kFloat)) : at::empty({numel}, at::kFloat);
+  const at::Tensor x = what == "mapped" || what == "watched" ? world->empty_mapped(numel, at::TensorOptions(at::kFloat))
+                                                             : at::empty({numel}, at::kFloat);
   const std::function<void()> ours = [&] { world->all_reduce(x).wait(); }, theirs = [&] {
     MPI_Allreduce(MPI_IN_PLACE, x.mutable_data_ptr(), static_cast<int>(numel), MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
   };

@@ -145,7 +145,7 @@ CallReport call_from(const Json& value) {
   call.ticket = word(value[0]);
   call.group = word(value[1]);
   call.sequence = word(value[2]);
-  call.call.op = enumerator(value[3], Op::kReceive);
+  call.call.op = enumerator(value[3], Op::kStart);
   call.call.dtype = enumerator(value[4], Dtype::kOther);
   call.call.reduction = enumerator(value[5], Reduction::kNone);
   call.call.count = integer(value[6], 0, INT64_MAX);

@@ -85,9 +85,9 @@ const char* name_of(Phase phase) {
 }
 
 const char* name_of(Op op) {
-  constexpr std::array<const char*, 12> kNames = {"all_reduce", "reduce_scatter", "all_gather", "all_to_all",
-                                                  "broadcast",  "barrier",        "show",       "show_done",
-                                                  "split",      "close",          "send",       "recv"};
+  constexpr std::array<const char*, 13> kNames = {
+      "all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast", "barrier", "show",
+      "show_done",  "split",          "close",      "send",       "recv",      "start"};
   return static_cast<size_t>(op) < kNames.size() ? kNames[static_cast<size_t>(op)] : "unknown";
 }
 

@@ -3,6 +3,7 @@
 #include <map>
 #include <optional>
 #include <set>
+#include <sstream>
 
 #include <nlohmann/json.hpp>
 
@@ -176,7 +177,12 @@ std::string Judge::stack_of(int32_t rank) const {
   const RankReport* report = view_.find(rank);
   if (!report) return "";
   if (!report->wchan.empty()) return "The kernel has it in " + report->wchan + ". ";
-  return report->stack.empty() ? "" : "Stack of rank " + std::to_string(rank) + ":\n" + report->stack + "\n";
+  std::string frames;  // innermost first, on one line
+  std::istringstream lines(report->stack);
+  for (std::string line; std::getline(lines, line);) {
+    if (!line.empty()) frames += (frames.empty() ? "" : " < ") + line;
+  }
+  return frames.empty() ? "" : "Stack of rank " + std::to_string(rank) + ": " + frames + ". ";
 }
 
 std::optional<Verdict> Judge::find_mismatch() const {

@@ -93,6 +93,11 @@ DEFINE_int64(replica_check_interval_steps, 100,
 DEFINE_bool(check_collectives, false,
             "compare across ranks what they must do alike, before they do it: so far, the plan of each checkpoint");
 DEFINE_double(collective_timeout_s, 300, "seconds a collective may take before the run gives up");
+DEFINE_double(
+    hang_timeout_s, 0,
+    "seconds a rank may keep others waiting while it trains before the watchdog names it and ends the run with "
+    "exit code 76. 0: 5 times the longest of 100 steps, at least 30; 120 until steps are known. Below "
+    "--collective_timeout_s, which knows less");
 
 namespace lockstep::train {
 namespace {
@@ -127,6 +132,7 @@ Options options_from_flags() {
   options.seed = FLAGS_seed;
   options.runtime.device = FLAGS_device;
   options.runtime.backend = FLAGS_backend;
+  options.runtime.hang_timeout_s = FLAGS_hang_timeout_s;
   options.runtime.collective_timeout = Milliseconds(static_cast<int64_t>(FLAGS_collective_timeout_s * 1000));
   options.threads_per_rank = FLAGS_threads_per_rank;
   options.parallel_micro_batches = FLAGS_parallel_micro_batches;

@@ -85,6 +85,7 @@ Options resolve(Options options, int world_size) {
   require(options.keep_every_steps >= 0,
           "--keep_every_steps=" + num(options.keep_every_steps) + " must not be negative");
   require(options.mean_time_between_failures_h > 0, "--mean_time_between_failures_h must be positive");
+  require(options.runtime.hang_timeout_s >= 0, "--hang_timeout_s must be positive, or 0: by the steps' length");
   require(options.save_timeout > Milliseconds(0), "--save_timeout_s must be positive");
   require(options.precision == "fp32" || options.precision == "bf16",
           "--precision=" + options.precision + " is neither fp32 nor bf16");

@@ -1,6 +1,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <filesystem>
 #include <limits>
 
 #include <nlohmann/json.hpp>
@@ -22,6 +23,7 @@
 #include "lanes.h"
 #include "memory.h"
 #include "parallel_model.h"
+#include "phase_scope.h"
 #include "profile.h"
 #include "replica_watch.h"
 #include "run_directory.h"
@@ -150,6 +152,7 @@ void Trainer::build_data() {
 
 void Trainer::open_run() {
   config_ = config_json(options_, task_.config_json());
+  if (flight::Ring* ring = world_.flight_ring()) ring->set_folder(std::filesystem::absolute(options_.run_dir));
   prepare_run_directory(fs_, world_, options_.run_dir, options_.share == "group" ? Share::kGroup : Share::kNone);
   if (is_chief() || std::string_view(world_.backend()) != "local")  // ranks that are threads share one log
     start_logging("lockstep", world_.rank(), world_.size(), options_.run_dir + "/logs");
@@ -288,9 +291,11 @@ Result Trainer::run() {
   StepReport first;
   first.count = prefetch();
   step_count_ = exchange(world_, first).count;
+  const PhaseScope training(world_, flight::Phase::kTraining);
   while (step_ < options_.steps) {
     profile_.begin_step(step_);
     note_step(step_ + 1);
+    if (flight::Ring* ring = world_.flight_ring()) ring->set_step(step_ + 1);
     step();
     const bool last = step_ == options_.steps;
     if (last) save();
@@ -438,6 +443,7 @@ int64_t Trainer::prefetch() {
 
 void Trainer::evaluate() {
   if (!validation_) return;
+  const PhaseScope phase(world_, flight::Phase::kEvaluating);
   const metrics::TraceSpan span(track_, "evaluate", "step");
   const data::EvaluationPass pass(validation_, options_.micro_batch_size, options_.eval_samples);
   const StepReport report = exchange(world_, model_.evaluate(pass.num_micro_batches(), [&](int64_t number) {
@@ -469,6 +475,7 @@ checkpoint::Progress Trainer::progress() const {
 // One at a time: where storage is slower than the interval, training waits for it.
 void Trainer::start_save() {
   if (!options_.asynchronous_save) return save();
+  const PhaseScope phase(world_, flight::Phase::kSaving);
   const metrics::TraceSpan span(track_, "checkpoint", "step");
   finish_save();
   // First: the steps of a checkpoint do not run again, so their lines must not get lost after it.
@@ -477,6 +484,7 @@ void Trainer::start_save() {
 }
 
 void Trainer::save() {
+  const PhaseScope phase(world_, flight::Phase::kSaving);
   const metrics::TraceSpan span(track_, "checkpoint", "step");
   finish_save();
   if (saved_step_ == step_) return;
@@ -489,6 +497,7 @@ void Trainer::save() {
 }
 
 void Trainer::advance_save() {
+  const PhaseScope phase(world_, flight::Phase::kSaving);
   const metrics::TraceSpan span(track_, "checkpoint", "step");
   if (const auto result = store_->advance_save()) report_save(*result);
 }
@@ -551,6 +560,7 @@ void Trainer::sign_off() {
 }  // namespace
 
 Result train(ProcessGroup& world, at::Device device, Task& task, const Options& options, Fs& fs) {
+  const PhaseScope phase(world, flight::Phase::kLoading);
   return Trainer(world, device, task, options, fs).run();
 }
 

@@ -11,6 +11,10 @@
 
 namespace lockstep {
 
+namespace flight {
+class Ring;
+}
+
 enum class ReduceOp { kSum, kMax, kMin };
 
 using Milliseconds = std::chrono::milliseconds;
@@ -36,8 +40,13 @@ class Work {
   /// True when wait() would not block. Also pokes the back end, so calling it between pieces of compute moves data.
   bool poll();
 
+  /// From here on `ring` hears when this is waited for and when it is done (the call with that ticket).
+  void watch(flight::Ring& ring, uint64_t ticket);
+
  private:
   std::unique_ptr<Operation> operation_;
+  flight::Ring* ring_ = nullptr;
+  uint64_t ticket_ = 0;
 };
 
 /// Tensors that the ranks of a group show each other where they lie (ProcessGroup::show).
@@ -102,6 +111,9 @@ class ProcessGroup {
   /// Lets every rank read all `tensors` of all ranks; null on every rank where the back end cannot. Each rank may bring
   /// any number of any size; those from empty_mapped() are not even copied. They stay as they are until done().
   virtual std::unique_ptr<Shown> show(const std::vector<at::Tensor>& tensors, Milliseconds timeout = kDefaultTimeout);
+
+  /// Where this rank notes its calls for the hang watchdog, with step and phase; null where nobody watches.
+  virtual flight::Ring* flight_ring() const { return nullptr; }
 
   /// Ranks with equal `color` form a group, ordered by `key`, then rank. Collective over this group.
   virtual std::unique_ptr<ProcessGroup> split(int color, int key, const std::string& name) = 0;

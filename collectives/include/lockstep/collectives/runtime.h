@@ -13,6 +13,9 @@ struct RuntimeOptions {
   std::string device = "auto";   ///< auto | cpu | cuda
   std::string backend = "auto";  ///< auto | shm | mpi | nccl; auto on CPUs: shm on one node, both on several
   Milliseconds collective_timeout = ProcessGroup::kDefaultTimeout;
+  /// How long a rank may keep others waiting before the watchdog ends the job with 76. 0: 5 times the longest of 100
+  /// steps, at least 30 s; 120 s until steps are known; twice that, at least 240 s, while it loads or saves.
+  double hang_timeout_s = 0;
 };
 
 /// What a rank has: its identity, its device and the world's group. Owns MPI; the only owner.

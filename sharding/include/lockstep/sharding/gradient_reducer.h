@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include <lockstep/flight/ring.h>
 #include <lockstep/metrics/trace.h>
 #include <lockstep/sharding/gradient_sync.h>
 
@@ -62,6 +63,7 @@ class GradientReducer : public GradientSync {
   bool wants_gather(const Bucket& bucket) const;
   void gather(Bucket& bucket);
   metrics::TraceSpan span(const char* name, const Bucket& bucket) const;
+  flight::LabelScope label_of(const Bucket& bucket) const;  // for the hang watchdog
   int shard() const { return group_.rank() % options_.num_shards; }
   int num_replicas() const { return group_.size() / options_.num_shards; }
 

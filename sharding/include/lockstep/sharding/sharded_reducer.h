@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include <lockstep/flight/ring.h>
 #include <lockstep/metrics/trace.h>
 #include <lockstep/sharding/bucket_layout.h>
 #include <lockstep/sharding/gradient_sync.h>
@@ -82,6 +83,7 @@ class ShardedReducer : public GradientSync {
   void land();
   void push_round(Bucket& bucket, int64_t round, const at::Tensor& received);
   metrics::TraceSpan span(const char* name, size_t bucket) const;
+  flight::LabelScope label_of(size_t bucket) const;  // for the hang watchdog
   int participants(int64_t round) const;
   int shard() const { return group_.rank() % options_.num_shards; }
   int num_replicas() const { return group_.size() / options_.num_shards; }

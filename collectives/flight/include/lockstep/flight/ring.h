@@ -27,7 +27,8 @@ enum class Op : uint8_t {
   kSplit,
   kClose,
   kSend,
-  kReceive
+  kReceive,
+  kStart,  ///< from a rank's start until the world is up
 };
 enum class Dtype : uint8_t { kNone, kF32, kF64, kBf16, kF16, kI32, kI64, kU8, kOther };
 enum class Reduction : uint8_t { kSum, kMax, kMin, kNone };
