@@ -39,7 +39,8 @@ using std::chrono::milliseconds;
 
 constexpr milliseconds kTick{200}, kAfterADeath{100}, kOthersCome{600};
 constexpr std::chrono::seconds kRanksCome{60}, kStragglerPause{60};
-constexpr size_t kTail = 256;                // calls looked at in each tick
+constexpr size_t kTail = 256;  // calls looked at in each tick
+constexpr milliseconds kOthersCall{200};
 constexpr milliseconds kStackTakes{400};     // a rank's answer to SIGUSR2
 constexpr milliseconds kOthersDecide{1000};  // what only another node can know is waited for
 constexpr milliseconds kRanksEnd{1500};      // what is told to end, and does not, is killed
@@ -182,9 +183,9 @@ bool Agent::look() {
 // mpirun ends the job by itself, mostly, within a second; what it cannot say is what the others waited for. They may
 // come to that only now.
 void Agent::note_death(const Verdict& verdict, const NodeReport& node) {
-  const auto culprit = std::find_if(node.ranks.begin(), node.ranks.end(),
-                                    [&](const RankReport& rank) { return rank.rank == verdict.culprits[0]; });
-  const bool has_spoken = culprit != node.ranks.end() && culprit->exit_kind == 1;
+  // One that ends by an error of its own says so itself, and mpirun ends the others.
+  const bool has_spoken =
+      std::any_of(node.ranks.begin(), node.ranks.end(), [](const RankReport& rank) { return rank.exit_kind == 1; });
   if (has_told_death_ || has_spoken) return;
   if (!death_) death_seen_ = Clock::now();
   if (!death_ || death_->first.culprits == verdict.culprits) death_ = {verdict, node};  // not once others end too
@@ -255,7 +256,11 @@ void Agent::end_as_hung() {
     return flight::judge(std::span(&node, 1), flight::rules_for(std::span(&node, 1)));
   };
   NodeReport node;
-  const Verdict first = judge_now(node);
+  Verdict first = judge_now(node);
+  if (first.cause == Cause::kMismatch) {  // some may not have come to that call yet, and it is the many who are right
+    pause(kOthersCall);
+    first = judge_now(node);
+  }
   ask_for_stacks(first);
   Verdict verdict = judge_now(node);
   if (verdict.cause != first.cause || verdict.culprits != first.culprits) verdict = first;

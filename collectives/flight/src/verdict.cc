@@ -83,7 +83,8 @@ class Judge {
   std::optional<Verdict> find_silent() const;
   std::optional<Verdict> find_circle() const;
   std::optional<Verdict> find_stalled() const;
-  std::vector<int32_t> waiting_in(const CallReport& call, const CallReport& other) const;
+  std::vector<const Blocked*> waits_back(int32_t rank, const Blocked& mine) const;
+  std::vector<int32_t> waiting_in(const CallReport& call, uint64_t group) const;
 
   bool is_gone(int32_t rank) const {
     const RankReport* report = view_.find(rank);
@@ -247,8 +248,14 @@ std::optional<Verdict> Judge::mismatch_in(uint64_t group) const {
 
 std::optional<Verdict> Judge::find_gone() const {
   Verdict verdict{.cause = Cause::kGone};
+  // Those that died of something of their own come before those that may have been killed because of it.
+  uint32_t most_telling = 0;
   for (const int32_t rank : view_.ranks()) {
-    if (is_gone(rank)) verdict.culprits.push_back(rank);
+    if (!is_gone(rank)) continue;
+    const uint32_t kind = view_.find(rank)->exit_kind;
+    if (kind > most_telling) verdict.culprits.clear();
+    most_telling = std::max(most_telling, kind);
+    if (kind == most_telling) verdict.culprits.push_back(rank);
   }
   if (verdict.culprits.empty()) return {};
   const int32_t culprit = verdict.culprits[0];
@@ -336,7 +343,8 @@ std::optional<Verdict> Judge::find_silent() const {
 }
 
 // All who are waited for wait themselves, for each other: groups called in different order. Of two such calls, the
-// ranks that are in both groups and wait in the one that fewer of them wait in have it wrong.
+// ranks that are in both groups and wait in the one that fewer of them wait in have it wrong; of two equal sides, the
+// one in whose call fewer wait in all.
 std::optional<Verdict> Judge::find_circle() const {
   if (!roots_.empty() || !arrived_.empty()) return {};
   const Blocked *odd = nullptr, *other = nullptr;
@@ -345,19 +353,17 @@ std::optional<Verdict> Judge::find_circle() const {
   for (const int32_t rank : view_.ranks()) {
     for (const Blocked& mine : view_.blocked(rank)) {
       least_waited = std::min(least_waited, mine.for_ns);
-      for (const int32_t holder : view_.holders(rank, *mine.call)) {
-        for (const Blocked& theirs : view_.blocked(holder)) {
-          std::vector<int32_t> here = waiting_in(*mine.call, *theirs.call),
-                               there = waiting_in(*theirs.call, *mine.call);
-          const std::vector<int32_t> back = view_.holders(holder, *theirs.call);
-          if (std::none_of(back.begin(), back.end(), [&](int32_t r) { return view_.is_blocked_in(r, *mine.call); }))
-            continue;
-          if (odd != nullptr && here.size() >= culprits.size()) continue;
-          if (here.empty() || here.size() > there.size()) continue;
-          odd = &mine;
-          other = &theirs;
-          culprits = std::move(here);
-        }
+      for (const Blocked* theirs : waits_back(rank, mine)) {
+        std::vector<int32_t> here = waiting_in(*mine.call, theirs->call->group);
+        const std::vector<int32_t> there = waiting_in(*theirs->call, mine.call->group);
+        const auto weight = [&](const std::vector<int32_t>& ranks, const CallReport& call) {
+          return std::pair(ranks.size(), waiting_in(call, call.group).size());
+        };
+        if (here.empty() || weight(here, *mine.call) > weight(there, *theirs->call)) continue;
+        if (odd != nullptr && weight(here, *mine.call) >= weight(culprits, *odd->call)) continue;
+        odd = &mine;
+        other = theirs;
+        culprits = std::move(here);
       }
     }
   }
@@ -371,12 +377,25 @@ std::optional<Verdict> Judge::find_circle() const {
   return verdict;
 }
 
-// Who waits in `call` and belongs to the group of `other` too.
-std::vector<int32_t> Judge::waiting_in(const CallReport& call, const CallReport& other) const {
+// Waits of those who hold `rank` up, for somebody who waits where it does.
+std::vector<const Blocked*> Judge::waits_back(int32_t rank, const Blocked& mine) const {
+  std::vector<const Blocked*> found;
+  for (const int32_t holder : view_.holders(rank, *mine.call)) {
+    for (const Blocked& theirs : view_.blocked(holder)) {
+      const std::vector<int32_t> back = view_.holders(holder, *theirs.call);
+      if (std::any_of(back.begin(), back.end(), [&](int32_t r) { return view_.is_blocked_in(r, *mine.call); }))
+        found.push_back(&theirs);
+    }
+  }
+  return found;
+}
+
+// Members of a group that wait in `call`.
+std::vector<int32_t> Judge::waiting_in(const CallReport& call, uint64_t group) const {
   std::vector<int32_t> ranks;
-  const GroupReport* group = view_.group(other.group);
-  if (group == nullptr) return ranks;
-  for (const int32_t rank : group->members) {
+  const GroupReport* members = view_.group(group);
+  if (members == nullptr) return ranks;
+  for (const int32_t rank : members->members) {
     if (view_.is_blocked_in(rank, call)) ranks.push_back(rank);
   }
   std::sort(ranks.begin(), ranks.end());

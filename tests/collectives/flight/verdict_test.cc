@@ -87,6 +87,19 @@ TEST(VerdictTest, ADeadRankIsToldAtOnce) {
   EXPECT_THAT(verdict.message, HasSubstr("never arrived at all_reduce"));
 }
 
+TEST(VerdictTest, WhoDiedOfASignalComesBeforeThoseKilledForIt) {
+  SimulatedWorld world = sums(3, 50);
+  world.run(1);
+  world.kill(0);
+  world.kill(2);
+  auto reports = world.reports();
+  reports[0].ranks[2].exit_kind = 2;
+  reports[0].ranks[2].exit_value = 11;
+  const Verdict verdict = judge(reports, kRules);
+  EXPECT_THAT(verdict.culprits, ElementsAre(2));
+  EXPECT_THAT(verdict.message, HasSubstr("died of signal 11"));
+}
+
 TEST(VerdictTest, ARankThatEndedEarlyIsNamed) {
   SimulatedWorld world = sums(3, 10);
   world.program(2).resize(9);
@@ -158,6 +171,24 @@ TEST(VerdictTest, TwoGroupsCalledInDifferentOrderAreACircle) {
   EXPECT_THAT(verdict.message, HasSubstr("waits in all_gather 1 of group 'data'"));
   EXPECT_EQ(verdict.call.call.op, Op::kAllReduce);
   EXPECT_EQ(verdict.call.sequence, 2);
+}
+
+TEST(VerdictTest, OneWhoLeavesACallOutAndWaitsElsewhereForThoseInItIsNamed) {
+  for (const int culprit : {0, 2}) {  // of two in the small group, the one who waits there alone
+    SimulatedWorld world(4);
+    const uint64_t pair = world.add_group("pair", {0, 2});
+    for (int r = 0; r < 4; ++r) {
+      world.program(r) = {{1, kSum, 0.1, ""}, {1, kGather, 0.1, ""}};
+      if (r % 2 == 0) world.program(r).push_back({pair, kSum, 0.1, ""});
+      world.program(r).push_back({1, kSum, 0.1, ""});
+    }
+    world.program(culprit).erase(world.program(culprit).begin() + 1);
+    world.run(5);
+    const Verdict verdict = judge_now(world);
+    EXPECT_EQ(verdict.cause, Cause::kMismatch);
+    EXPECT_THAT(verdict.culprits, ElementsAre(culprit)) << verdict.message;
+    EXPECT_EQ(verdict.call.call.op, Op::kAllGather);
+  }
 }
 
 TEST(VerdictTest, MessagesArePointedAtTheirPeer) {
