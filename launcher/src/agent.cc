@@ -286,13 +286,13 @@ void Agent::tell(const Verdict& verdict) {
   }
 }
 
-// Where the launch, else the run, keeps its records: written aside, then in place.
+// Into the run directory; before there is one, to where the launch keeps its records. Written aside, then in place.
 void Agent::write_record(const Verdict& verdict, const NodeReport& node) const {
-  const char* launch = std::getenv("LOCKSTEP_LAUNCH_DIR");
-  std::string folder = launch ? launch : "";
+  std::string folder;
   for (const Watched& rank : ranks_) {
     if (folder.empty()) folder = rank.ring->folder();
   }
+  if (const char* launch = std::getenv("LOCKSTEP_LAUNCH_DIR"); folder.empty() && launch) folder = launch;
   if (folder.empty()) return;
   const std::time_t now = std::time(nullptr);
   std::array<char, 32> when{};

@@ -105,8 +105,8 @@ TEST(ForeignCheckpointTest, LinksFifosAndFoldersInAFilesPlaceAreDamageAndTheOneB
     for (const std::string& file : {format::shard_name(0, kWorldSize), std::string(format::kManifestName)}) {
       const TempDir run;
       saved(run.path(), 10);
-      const std::string newest = saved(run.path(), 20);
-      ASSERT_TRUE(replace(newest + "/" + file)) << what;
+      const std::string path = saved(run.path(), 20).append("/").append(file);
+      ASSERT_TRUE(replace(path)) << what;
       alarm(20);  // a FIFO would wait for its writer
       EXPECT_EQ(load(run.path(), /*trust_foreign=*/false).step, 10) << what << " for " << file;
       alarm(0);

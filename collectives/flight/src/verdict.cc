@@ -53,7 +53,10 @@ std::string call_text(const CallReport& call, const std::string& group) {
   return details.empty() ? text : text + " (" + details + ")";
 }
 
-bool is_long(Phase phase) { return phase != Phase::kTraining; }
+int64_t patience_in(Phase phase, const Rules& rules) {
+  if (phase == Phase::kTraining) return rules.timeout_ns;
+  return phase == Phase::kLoading || phase == Phase::kSaving ? rules.storage_timeout_ns : rules.long_timeout_ns;
+}
 
 class Judge {
  public:
@@ -92,7 +95,7 @@ class Judge {
   }
   int64_t patience_with(int32_t rank) const {
     const RankReport* report = view_.find(rank);
-    return report && is_long(report->phase) && !view_.is_stuck(rank) ? rules_.long_timeout_ns : rules_.timeout_ns;
+    return report && !view_.is_stuck(rank) ? patience_in(report->phase, rules_) : rules_.timeout_ns;
   }
   std::string group_name(const CallReport& call) const {
     const GroupReport* group = view_.group(call.group);
@@ -320,9 +323,10 @@ std::optional<Verdict> Judge::find_silent() const {
   std::set<std::string> silent;
   for (const auto& [rank, root] : roots_) {
     if (view_.find(rank)) continue;
-    bool is_patient = false;  // those who wait may be in the middle of something long
-    for (const int32_t other : view_.ranks()) is_patient = is_patient || is_long(view_.find(other)->phase);
-    if (root.waited_ns < (is_patient ? rules_.long_timeout_ns : rules_.timeout_ns)) continue;
+    int64_t patience = rules_.timeout_ns;  // those who wait may be in the middle of something long
+    for (const int32_t other : view_.ranks())
+      patience = std::max(patience, patience_in(view_.find(other)->phase, rules_));
+    if (root.waited_ns < patience) continue;
     verdict.culprits.push_back(rank);
     if (const std::string host = view_.host_of(rank); !host.empty()) silent.insert(host);
     if (!longest || root.waited_ns > longest->waited_ns) longest = &root;

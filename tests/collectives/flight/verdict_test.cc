@@ -14,7 +14,10 @@ namespace {
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
-constexpr Rules kRules{.timeout_ns = 3'000'000'000, .long_timeout_ns = 20'000'000'000, .silent_ns = 2'000'000'000};
+constexpr Rules kRules{.timeout_ns = 3'000'000'000,
+                       .long_timeout_ns = 20'000'000'000,
+                       .storage_timeout_ns = 40'000'000'000,
+                       .silent_ns = 2'000'000'000};
 const Call kSum{Op::kAllReduce, Dtype::kF32, Reduction::kSum, 1024, -1};
 const Call kGather{Op::kAllGather, Dtype::kF32, Reduction::kNone, 4096, -1};
 
@@ -67,13 +70,15 @@ TEST(VerdictTest, ASleepingRankIsNamed) {
 }
 
 TEST(VerdictTest, WhoLoadsOrSavesMayTakeLonger) {
-  SimulatedWorld world = sums(3, 50);
-  world.run(1);
-  world.sleep(0);
-  world.set_phase(0, Phase::kSaving);
-  world.run(15, [&] { ASSERT_EQ(judge_now(world).cause, Cause::kNone); });
-  world.run(7);
-  EXPECT_THAT(judge_now(world).culprits, ElementsAre(0));
+  for (const auto& [phase, patience_s] : {std::pair{Phase::kEvaluating, 20}, std::pair{Phase::kSaving, 40}}) {
+    SimulatedWorld world = sums(3, 50);
+    world.run(1);
+    world.sleep(0);
+    world.set_phase(0, phase);
+    world.run(patience_s - 5, [&] { ASSERT_EQ(judge_now(world).cause, Cause::kNone) << name_of(phase); });
+    world.run(7);
+    EXPECT_THAT(judge_now(world).culprits, ElementsAre(0)) << name_of(phase);
+  }
 }
 
 TEST(VerdictTest, ADeadRankIsToldAtOnce) {

@@ -21,8 +21,10 @@ const char* name_of(Cause cause);
 /// How long is too long.
 struct Rules {
   int64_t timeout_ns = 120'000'000'000;       ///< that a rank may keep others waiting while it trains
-  int64_t long_timeout_ns = 240'000'000'000;  ///< while it loads, saves, evaluates or starts
-  int64_t silent_ns = 5'000'000'000;          ///< a node not heard of for so long is silent
+  int64_t long_timeout_ns = 240'000'000'000;  ///< while it evaluates or starts
+  /// While it loads or saves: storage may be slow, and saves have a limit of their own (--save_timeout_s, 1,800).
+  int64_t storage_timeout_ns = 2'100'000'000'000;
+  int64_t silent_ns = 5'000'000'000;  ///< a node not heard of for so long is silent
 };
 
 /// What the ranks were started with; where they leave it open, 5 times the 99th percentile of a step but at least 30 s,
