@@ -262,7 +262,7 @@ TEST(HealthTest, PatienceGrowsWithTheLongestStepAndWithWhatIsAnnounced) {
 
 TEST(PublishedTest, ReadersSeeAWholeValueOrTheNext) {
   struct Value {
-    std::array<uint64_t, 1024> words;
+    std::array<uint64_t, 256> words;
   };
   Published<Value> published;
   std::atomic<bool> is_over{false};
