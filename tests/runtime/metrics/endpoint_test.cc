@@ -183,8 +183,8 @@ TEST_F(EndpointTest, WhoKeepsSendingIsSentAwayTooAndWhoNeverHangsUp) {
 
 TEST_F(EndpointTest, SixtyFourIdleClientsKeepNobodyOut) {
   const Endpoint endpoint({.deadline = kLong}, meter_);  // so nobody goes by the passing of time
-  std::vector<UniqueFd> idle;
-  for (int i = 0; i < 64; ++i) idle.push_back(connect_to(endpoint.port()));
+  std::vector<UniqueFd> idle(64);
+  for (UniqueFd& fd : idle) fd = connect_to(endpoint.port());
   for (int i = 0; i < 3; ++i) EXPECT_THAT(get(endpoint.port(), "/metrics"), StartsWith("HTTP/1.1 200 OK"));
   // Of the 64 as many are still held as there is room for; the others were told.
   int told = 0;
@@ -228,8 +228,8 @@ TEST_F(EndpointTest, ConnectionsHoldNoMoreFilesThanAgreed) {
   };
   get(endpoint.port(), "/metrics");
   const int before = num_open();
-  std::vector<UniqueFd> idle;
-  for (int i = 0; i < 40; ++i) idle.push_back(connect_to(endpoint.port()));
+  std::vector<UniqueFd> idle(40);
+  for (UniqueFd& fd : idle) fd = connect_to(endpoint.port());
   int most = 0;
   for (int i = 0; i < 10; ++i) {
     EXPECT_THAT(get(endpoint.port(), "/healthz"), StartsWith("HTTP/1.1 200 OK"));
