@@ -69,7 +69,7 @@ class Agent {
   void tell_death();
   void tell_last();
   void report_stragglers(const NodeReport& node);
-  void end_as_hung();
+  bool end_as_hung();
   void ask_for_stacks(const Verdict& verdict);
   void tell(const Verdict& verdict);
   void write_record(const Verdict& verdict, const NodeReport& node) const;
@@ -137,10 +137,7 @@ int Agent::run() {
       pause(kAfterADeath);  // where all end together there is nothing to tell
       continue;
     }
-    if (look()) {
-      end_as_hung();
-      return 0;
-    }
+    if (look() && end_as_hung()) return 0;
     wait();
   }
 }
@@ -250,7 +247,8 @@ void Agent::ask_for_stacks(const Verdict& verdict) {
   }
 }
 
-void Agent::end_as_hung() {
+// @return false: it went on meanwhile.
+bool Agent::end_as_hung() {
   const auto judge_now = [&](NodeReport& node) {
     node = report(flight::kNumEntries);
     return flight::judge(std::span(&node, 1), flight::rules_for(std::span(&node, 1)));
@@ -261,11 +259,13 @@ void Agent::end_as_hung() {
     pause(kOthersCall);
     first = judge_now(node);
   }
+  if (first.cause == Cause::kNone) return false;
   ask_for_stacks(first);
   Verdict verdict = judge_now(node);
   if (verdict.cause != first.cause || verdict.culprits != first.culprits) verdict = first;
   write_record(verdict, node);
   tell(verdict);
+  return true;
 }
 
 void Agent::tell(const Verdict& verdict) {
