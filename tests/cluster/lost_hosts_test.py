@@ -15,7 +15,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "support"))
 import runs
 
 HOSTS_SH = pathlib.Path(__file__).parents[2] / "cluster" / "lab" / "hosts.sh"
-STEPS = 500
+STEPS = 400
 FLAGS = [f"--steps={STEPS}", "--checkpoint_interval_steps=3", "--keep_checkpoints=1000", "--eval_interval_steps=0", "--layers=2", "--width=48", "--heads=3", "--sequence_length=64",
          "--global_batch_size=32", "--micro_batch_size=4", "--warmup_steps=5", "--log_interval_steps=1"]
 
