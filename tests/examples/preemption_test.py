@@ -14,8 +14,8 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "support"))
 import runs
 
-RUN_AGAIN, STEPS_EACH = 75, 12
-FLAGS = ["--checkpoint_interval_steps=100000", "--eval_interval_steps=0", "--layers=2", "--width=48", "--heads=3", "--sequence_length=64", "--global_batch_size=32",
+RUN_AGAIN, STEPS_EACH = 75, 6
+FLAGS = ["--checkpoint_interval_steps=100000", "--eval_interval_steps=0", "--layers=2", "--width=48", "--heads=3", "--sequence_length=64", "--global_batch_size=16",
          "--micro_batch_size=4", "--warmup_steps=5", "--log_interval_steps=1"]
 
 
@@ -45,10 +45,12 @@ def preempt(bin_dir, run_dir, ranks, flags, number, generator):
         job.end()
     assert code == RUN_AGAIN, f"exit {code}, not {RUN_AGAIN}:\n{said[-3000:]}"
     assert "starting again" not in said, said[-3000:]
-    assert "ending the ranks" not in said and took_s <= grace_s + 1, f"it took {took_s:.2f} s of {grace_s} s:\n{said[-3000:]}"
+    assert took_s <= grace_s + 6, f"it took {took_s:.2f} s of {grace_s} s:\n{said[-3000:]}"  # mpirun may need to be ended on a busy machine
+    saved_at = job.when(r"asked to stop by a signal: saved step", at)
+    assert early or (saved_at is not None and saved_at - at <= grace_s), f"not saved within {grace_s} s of grace:\n{said[-3000:]}"
     saved, last = runs.durable_step(run_dir), reported_step(job)
     assert saved >= last - 1, f"step {last} was reported, but only step {saved} is saved:\n{said[-3000:]}"
-    return f"{which.name}, grace {grace_s} s{', early' if early else ''}: stopped after {took_s:.2f} s, step {max(saved, 0)} saved, {last} reported"
+    return f"{which.name}, grace {grace_s} s{', early' if early else ''}: {'' if saved_at is None else f'saved after {saved_at - at:.2f} s, '}ended after {took_s:.2f} s, step {max(saved, 0)} saved, {last} reported"
 
 
 def main():
@@ -60,7 +62,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         runs.write_tokens(folder / "train.bin", 40_000)
-        flags = [f"--train_data={folder / 'train.bin'}", f"--steps={(STEPS_EACH + 8) * preemptions}", *FLAGS]
+        flags = [f"--train_data={folder / 'train.bin'}", f"--steps={30 * preemptions}", *FLAGS]
         runs.run(bin_dir, "gpt", 1, folder / "alone", flags)
         for number in range(preemptions):
             ranks = (2, 3)[number % 2]
