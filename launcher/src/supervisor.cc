@@ -23,7 +23,7 @@ namespace {
 
 constexpr double kAnswerSeconds = 5;               // a host that takes longer to run `true` is no help
 constexpr std::chrono::milliseconds kEnds{5'000};  // a process that waits for a dead disk takes longer
-constexpr size_t kMostTold = 20;                  // failures at the end of the log; all were told when they happened
+constexpr size_t kMostTold = 20;                   // failures at the end of the log; all were told when they happened
 constexpr int kRunAgain = static_cast<int>(ExitCode::kRunAgain), kConfig = static_cast<int>(ExitCode::kConfig);
 
 std::ostream& say() { return std::cerr << "lockstep: "; }
