@@ -125,7 +125,7 @@ def run_delays(seconds):
 LATE, PIDS = [], set()
 start = time.monotonic()
 with concurrent.futures.ThreadPoolExecutor(AT_ONCE + 1) as pool:
-    delays = pool.submit(run_delays, 600 if IS_DEEP else 40)
+    delays = pool.submit(run_delays, 600 if IS_DEEP else 60)
     faults = [fault for fault in pool.map(run_case, range(CASES)) if fault]
     if fault := delays.result():
         faults.append(fault)
