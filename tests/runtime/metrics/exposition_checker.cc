@@ -5,11 +5,6 @@
 #include <set>
 #include <sstream>
 
-#if defined(__GNUC__) && \
-    !defined(__clang__)  // with AddressSanitizer gcc 12 takes std::regex for uninitialized: its bug 105562
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
 namespace lockstep::metrics {
 namespace {
 
