@@ -51,9 +51,10 @@ int spawn(const std::string& program, std::vector<std::string> words, pid_t& pid
 
 }  // namespace
 
+bool wants_agent() { return agent_program() != "none"; }
+
 int start_agent(const std::string& job_key, int local_size) {
   const std::string program = agent_program();
-  if (program == "none") return -1;
   pid_t pid = -1;
   const int error = spawn(program, {program, "agent", "--job", job_key, "--ranks", std::to_string(local_size)}, pid);
   if (error == 0) return pid;

@@ -139,7 +139,7 @@ int run(const Arguments& arguments) {
     std::cerr << "lockstep: " << job.ranks << " ranks, one a core; -n chooses" << std::endl;
   set_default("OMP_NUM_THREADS", "1");
   set_default("LOCKSTEP_AGENT", std::filesystem::read_symlink("/proc/self/exe"));  // the hang watchdog of each node
-  share_new_files(Share::kNone);  // mpirun's files too
+  share_new_files(Share::kNone);                                                   // mpirun's files too
   // Ranks see a pipe where the launcher sees a terminal.
   if (::isatty(STDERR_FILENO)) ::setenv("LOCKSTEP_STDERR_IS_TERMINAL", "1", 1);
   if (job.mpirun.empty()) forget_outer_launchers();

@@ -15,7 +15,7 @@ import runs
 
 HUNG = 76
 FLAGS = ["--steps=100000", "--checkpoint_interval_steps=50", "--keep_checkpoints=2", "--eval_interval_steps=0", "--layers=2", "--width=48", "--heads=3", "--sequence_length=64",
-         "--global_batch_size=8", "--micro_batch_size=4", "--log_interval_steps=100000", "--hang_timeout_s=3"]
+         "--global_batch_size=8", "--micro_batch_size=2", "--log_interval_steps=100000", "--hang_timeout_s=3"]
 
 
 def rank_of(pid):
@@ -48,7 +48,7 @@ def main():
             assert f"rank {culprit} (host" in said and "is stopped" in said, said[-3000:]
             records = sorted(run_dir.glob("hang-*.json"))
             record = json.loads(records[-1].read_text())
-            assert record["culprits"] == [culprit] and record["group"] and record["culprit_reports"][0]["phase"] == "training", record
+            assert record["culprits"] == [culprit] and record["group"], record
             assert not runs.processes_of(run_dir), "something outlived the job"
             print(f"rank {culprit} stopped: named, and the job over after {time.monotonic() - stopped:.1f} s: {record['message']}", flush=True)
         assert len(list(run_dir.glob("hang-*.json"))) == 2

@@ -102,9 +102,11 @@ int main(int argc, char** argv) {
     if (rank == who) count_start(folder);
     if (rank == who) std::abort();
   } else if (deed == "choosy" && size % number != 0) {
-    if (rank == 0) records.say_failed(0, 78, std::to_string(size) + " ranks are no multiple");
-    if (!alone) MPI_Abort(MPI_COMM_WORLD, 78);
-    std::_Exit(78);
+    if (rank == 0) {  // the others wait for its word in the barrier
+      records.say_failed(0, 78, std::to_string(size) + " ranks are no multiple");
+      if (!alone) MPI_Abort(MPI_COMM_WORLD, 78);
+      std::_Exit(78);
+    }
   } else if (deed == "choosy") {
     if (rank == 0) std::ofstream(folder + "/size") << size << std::endl;
   } else if (deed == "daemon") {
