@@ -97,6 +97,12 @@ class Judge {
     const RankReport* report = view_.find(rank);
     return report && !view_.is_stuck(rank) ? patience_in(report->phase, rules_) : rules_.timeout_ns;
   }
+  int64_t longest_patience() const {  // those who wait may all be in the middle of something long
+    int64_t patience = rules_.timeout_ns;
+    for (const int32_t rank : view_.ranks())
+      patience = std::max(patience, patience_in(view_.find(rank)->phase, rules_));
+    return patience;
+  }
   std::string group_name(const CallReport& call) const {
     const GroupReport* group = view_.group(call.group);
     return group ? group->name : "?";
@@ -323,10 +329,7 @@ std::optional<Verdict> Judge::find_silent() const {
   std::set<std::string> silent;
   for (const auto& [rank, root] : roots_) {
     if (view_.find(rank)) continue;
-    int64_t patience = rules_.timeout_ns;  // those who wait may be in the middle of something long
-    for (const int32_t other : view_.ranks())
-      patience = std::max(patience, patience_in(view_.find(other)->phase, rules_));
-    if (root.waited_ns < patience) continue;
+    if (root.waited_ns < longest_patience()) continue;
     verdict.culprits.push_back(rank);
     if (const std::string host = view_.host_of(rank); !host.empty()) silent.insert(host);
     if (!longest || root.waited_ns > longest->waited_ns) longest = &root;
@@ -420,7 +423,7 @@ std::optional<Verdict> Judge::find_stalled() const {
         }
       }
     }
-    if (together >= rules_.timeout_ns && (!longest || blocked.for_ns > longest->for_ns)) longest = &blocked;
+    if (together >= longest_patience() && (!longest || blocked.for_ns > longest->for_ns)) longest = &blocked;
   }
   if (!longest) return {};
   Verdict verdict{.cause = Cause::kAllArrived, .hosts = view_.silent_hosts()};
