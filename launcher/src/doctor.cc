@@ -36,8 +36,6 @@ const std::vector<Arguments::Flag> kFlags = {
 
 constexpr ExitCode kNode = ExitCode::kNodeBad;  // this machine lacks something: another one may do
 
-std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
-
 Finding check_version() { return {"lockstep", true, LOCKSTEP_VERSION, ""}; }
 
 Finding check_mpi(const std::string& mpirun) {

@@ -33,8 +33,6 @@ struct Look {
 
 double now_s() { return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count(); }
 
-std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
-
 std::string self() { return std::filesystem::read_symlink("/proc/self/exe"); }
 
 // ssh hands its words to a shell, srun does not. A host that is silent must not keep the others waiting.

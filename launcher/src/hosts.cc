@@ -16,6 +16,8 @@
 
 #include <lockstep/base/error.h>
 
+#include "machine.h"
+
 namespace lockstep::launcher {
 namespace {
 
@@ -55,10 +57,7 @@ std::string range(int64_t first, int64_t count) {
 }
 
 pid_t start_quietly(const std::vector<std::string>& command) {
-  std::vector<char*> argv;
-  argv.reserve(command.size() + 1);
-  for (const std::string& word : command) argv.push_back(const_cast<char*>(word.c_str()));
-  argv.push_back(nullptr);
+  const std::vector<char*> argv = argv_of(command);
   posix_spawn_file_actions_t actions;
   posix_spawn_file_actions_init(&actions);
   for (const int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO})

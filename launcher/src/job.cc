@@ -18,6 +18,7 @@
 #include <lockstep/base/error.h>
 #include <lockstep/base/unique_handle.h>
 
+#include "machine.h"
 #include "stop_signals.h"
 
 namespace lockstep::launcher {
@@ -85,10 +86,7 @@ class Process {
       const int null = ::open("/dev/null", O_RDONLY);
       ::dup2(null, STDIN_FILENO);
     }
-    std::vector<char*> argv;
-    argv.reserve(job_.command.size() + 1);
-    for (const std::string& word : job_.command) argv.push_back(const_cast<char*>(word.c_str()));
-    argv.push_back(nullptr);
+    const std::vector<char*> argv = argv_of(job_.command);
     ::execv(argv[0], argv.data());
     const std::string message = "lockstep: cannot execute " + job_.command[0] + ": " + std::strerror(errno) +
                                 ". Mend: was it built for this machine?\n";

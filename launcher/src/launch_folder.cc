@@ -1,7 +1,6 @@
 #include "launch_folder.h"
 
 #include <algorithm>
-#include <array>
 #include <cerrno>
 #include <charconv>
 #include <csignal>
@@ -18,6 +17,8 @@
 
 #include <lockstep/base/error.h>
 #include <lockstep/base/fs.h>
+
+#include "hosts.h"
 
 namespace lockstep::launcher {
 namespace {
@@ -42,9 +43,7 @@ std::string start_time_of(const std::string& pid) {
 }
 
 std::string own_host() {
-  std::array<char, 65> name{};
-  ::gethostname(name.data(), name.size() - 1);
-  std::string host = name.data();
+  std::string host = own_name();
   std::replace(host.begin(), host.end(), '.', '_');  // '.' separates
   return host;
 }

@@ -49,14 +49,19 @@ std::string find_program(const std::string& name) {
   return "";
 }
 
-Answer ask(const std::vector<std::string>& command) {
-  Answer answer;
-  std::array<int, 2> pipe{};
-  if (::pipe2(pipe.data(), O_CLOEXEC) != 0) return answer;
+std::vector<char*> argv_of(const std::vector<std::string>& command) {
   std::vector<char*> argv;
   argv.reserve(command.size() + 1);
   for (const std::string& word : command) argv.push_back(const_cast<char*>(word.c_str()));
   argv.push_back(nullptr);
+  return argv;
+}
+
+Answer ask(const std::vector<std::string>& command) {
+  Answer answer;
+  std::array<int, 2> pipe{};
+  if (::pipe2(pipe.data(), O_CLOEXEC) != 0) return answer;
+  const std::vector<char*> argv = argv_of(command);
   posix_spawn_file_actions_t actions;
   posix_spawn_file_actions_init(&actions);
   posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, "/dev/null", O_RDONLY, 0);
@@ -79,6 +84,8 @@ Answer ask(const std::vector<std::string>& command) {
   if (started && ::waitpid(pid, &status, 0) == pid && WIFEXITED(status)) answer.exit_code = WEXITSTATUS(status);
   return answer;
 }
+
+std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
 
 std::string signal_name(int signal) {
   const char* name = ::strsignal(signal);  // NOLINT(concurrency-mt-unsafe): one thread

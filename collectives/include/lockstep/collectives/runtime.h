@@ -14,7 +14,8 @@ struct RuntimeOptions {
   std::string backend = "auto";  ///< auto | shm | mpi | nccl; auto on CPUs: shm on one node, both on several
   Milliseconds collective_timeout = ProcessGroup::kDefaultTimeout;
   /// How long a rank may keep others waiting before the watchdog ends the job with 76. 0: 5 times the longest of 100
-  /// steps, at least 30 s; 120 s until steps are known; twice that, at least 240 s, while it loads or saves.
+  /// steps, at least 30 s; 120 s until steps are known; twice that, at least 240 s, while it starts or evaluates;
+  /// 2,100 s while it loads or saves.
   double hang_timeout_s = 0;
 };
 
