@@ -18,7 +18,7 @@ import runs
 
 KILLS = {1: 3, 2: 4, 4: 10, 8: 3}  # by ranks
 FIRST_STEP_S, LAUNCHER_S = 6.0, 2.0
-STEPS_A_KILL = 12
+STEPS_A_KILL = 40  # moments are counted in steps, not seconds, so that a fast machine is not done before the last kill
 FLAGS = ["--checkpoint_interval_steps=3", "--keep_checkpoints=1000", "--eval_interval_steps=0", "--layers=2", "--width=48", "--heads=3", "--sequence_length=64", "--global_batch_size=32",
          "--micro_batch_size=4", "--warmup_steps=5", "--log_interval_steps=1"]
 
@@ -33,13 +33,17 @@ class Killer:
         return runs.processes_of(self.run_dir, "gpt")
 
     def kill(self, while_starting):
-        """Kills one rank, at once when all are there or some time after a new checkpoint is durable, and waits for the next start's first step."""
-        job, durable = self.job, runs.durable_step(self.run_dir)
-        before = set(self.alive()) if not while_starting else set()
+        """Kills one rank, before the first step or some steps after a new checkpoint is durable, and waits for the next start's first step."""
+        job, durable, began = self.job, runs.durable_step(self.run_dir), time.monotonic()
         job.until(lambda: len(self.alive()) == self.ranks, "all ranks are there")
-        if not while_starting:
+        if while_starting:
+            moment = time.monotonic() + self.generator.uniform(0, 0.8)
+            job.until(lambda: time.monotonic() >= moment or job.step(began), "a moment of the start")
+        else:
             job.until(lambda: runs.durable_step(self.run_dir) > durable, "a new checkpoint is durable")
-        time.sleep(self.generator.uniform(0, 0.8 if while_starting else 0.25))
+            step = job.step() + self.generator.randrange(8)
+            job.until(lambda: job.step() >= step, f"step {step}")
+            time.sleep(self.generator.uniform(0, 0.02))
         victim = self.generator.choice(job.until(self.alive, "a rank is there"))
         at = time.monotonic()
         os.kill(victim, signal.SIGKILL)

@@ -19,11 +19,6 @@ FLAGS = ["--checkpoint_interval_steps=100000", "--eval_interval_steps=0", "--lay
          "--micro_batch_size=4", "--warmup_steps=5", "--log_interval_steps=1"]
 
 
-def reported_step(job):
-    found = [line.split()[1].split("/")[0] for _, line in list(job.lines) if line.lstrip().startswith("step ")]
-    return int(found[-1]) if found else 0
-
-
 def preempt(bin_dir, run_dir, ranks, flags, number, generator):
     """One start that is told to stop. Returns a line about it."""
     which, grace_s = (signal.SIGUSR1, signal.SIGTERM)[number % 2], (2, 5, 30)[number % 3]
@@ -35,7 +30,7 @@ def preempt(bin_dir, run_dir, ranks, flags, number, generator):
             time.sleep(generator.uniform(0, 0.4))
         else:
             steps = generator.randrange(1, STEPS_EACH)
-            job.until(lambda: reported_step(job) >= max(before, 0) + steps, f"{steps} steps are done")
+            job.until(lambda: job.step() >= max(before, 0) + steps, f"{steps} steps are done")
             time.sleep(generator.uniform(0, 0.05))
         job.process.send_signal(which)
         at = time.monotonic()
@@ -48,7 +43,7 @@ def preempt(bin_dir, run_dir, ranks, flags, number, generator):
     assert took_s <= grace_s + 6, f"it took {took_s:.2f} s of {grace_s} s:\n{said[-3000:]}"  # mpirun may need to be ended on a busy machine
     saved_at = job.when(r"asked to stop by a signal: saved step", at)
     assert early or (saved_at is not None and saved_at - at <= grace_s), f"not saved within {grace_s} s of grace:\n{said[-3000:]}"
-    saved, last = runs.durable_step(run_dir), reported_step(job)
+    saved, last = runs.durable_step(run_dir), job.step()
     assert saved >= last - 1, f"step {last} was reported, but only step {saved} is saved:\n{said[-3000:]}"
     return f"{which.name}, grace {grace_s} s{', early' if early else ''}: {'' if saved_at is None else f'saved after {saved_at - at:.2f} s, '}ended after {took_s:.2f} s, step {max(saved, 0)} saved, {last} reported"
 

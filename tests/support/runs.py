@@ -94,6 +94,10 @@ class Job:
         """When a line that matches was first said after `since`; None: not yet."""
         return next((at for at, line in list(self.lines) if at >= since and re.search(pattern, line)), None)
 
+    def step(self, since=0.0):
+        """The step it last reported after `since`; 0: none yet."""
+        return next((int(found[1]) for at, line in reversed(list(self.lines)) if at >= since and (found := re.match(r"\s*step (\d+)/", line))), 0)
+
     def until(self, condition, what, timeout_s=120):
         """Polls; the job's end or the time running out fails the test."""
         end = time.monotonic() + timeout_s
