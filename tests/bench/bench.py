@@ -9,6 +9,7 @@ import fnmatch
 import json
 import os
 import pathlib
+import resource
 import shutil
 import statistics
 import subprocess
@@ -105,7 +106,7 @@ class TrainingRow:
 class StartRow:
     """Runs a second from nothing to the end of the first training step, 2 ranks."""
 
-    name, unit, goal, peer_name = "start/2 ranks to the end of step 1", "1/s", 3.0, "torchrun DDP"
+    name, unit, goal, peer_name = "start/2 ranks to the end of step 1", "1/s", 4.0, "torchrun DDP"
 
     def __init__(self, bin_dir):
         self.bin_dir = bin_dir
@@ -129,6 +130,37 @@ class StartRow:
         start = time.perf_counter()
         run(TORCHRUN + [PEER, f"--run_dir={self.folder / 'run'}", f"--data={DATA}", "--steps=1"], LD_PRELOAD=TCMALLOC, OMP_NUM_THREADS="1")
         return 1 / (time.perf_counter() - start)
+
+
+class StartCpuRow:
+    """Ranks a CPU second brings through a run of one step, launcher, mpirun and agent included; beside it the same on 8 ranks."""
+
+    unit, goal, peer_name = "ranks/CPU s", 1 / 1.5, "on 8 ranks"
+
+    def __init__(self, bin_dir, ranks):
+        self.bin_dir, self.ranks, self.name = bin_dir, ranks, f"start/CPU time of a rank, of {ranks}"
+
+    def why_not(self):
+        return None
+
+    def prepare(self, folder):
+        self.folder = folder
+        self.ours()
+
+    def started(self, ranks):
+        run_dir = self.folder / "run"
+        subprocess.run(["rm", "-rf", run_dir], check=True)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        run([self.bin_dir / "lockstep", "run", "-n", ranks, "--", self.bin_dir / "gpt", f"--run_dir={run_dir}", f"--train_data={DATA}", "--steps=1", "--global_batch_size=64", "--micro_batch_size=1",
+             "--checkpoint_interval_steps=0", "--eval_interval_steps=0", "--layers=1", "--width=32", "--heads=2", "--sequence_length=32"])
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return ranks / (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+
+    def ours(self):
+        return self.started(self.ranks)
+
+    def peer(self):
+        return self.started(8)
 
 
 class AllReduceRow:
@@ -223,7 +255,7 @@ def main():
     arguments = parser.parse_args()
     bin_dir = arguments.bin_dir.resolve()
     rows = [TrainingRow(bin_dir, size, precision, layout) for size in SIZES for precision in ("fp32", "bf16") for layout in ("1 process", "2 ranks")]
-    rows += [TrainingRow(bin_dir, *row) for row in PARALLEL_ROWS] + [StartRow(bin_dir)]
+    rows += [TrainingRow(bin_dir, *row) for row in PARALLEL_ROWS] + [StartRow(bin_dir)] + [StartCpuRow(bin_dir, ranks) for ranks in (2, 32, 64)]
     rows += [AllReduceRow(bin_dir, bytes, memory, peer) for bytes in ALL_REDUCE_BYTES for memory in ("mapped", "plain") for peer in ALL_REDUCE_PEERS]
     rows += [CheckpointRow(bin_dir, gib, what, peer) for gib in (1, 4) for what, peers in CheckpointRow.peers.items() for peer in peers]
     results = []

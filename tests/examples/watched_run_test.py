@@ -26,12 +26,6 @@ LISTENING = "0A"  # the kernel's TCP_LISTEN
 LOOPBACK = ("0100007F", "00000000000000000000000001000000")  # 127.0.0.1 and ::1, as the kernel prints them
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def get(port, path):
     """(status, headers, body)"""
     try:
@@ -173,7 +167,7 @@ def endpoint_cpu_s(run_dir):
 
 def check_step_time(bin_dir, folder, data):
     """Seconds with and without the clients take turns in one run, so that whatever else the machine does meets both alike."""
-    port, run_dir, phases, cpu_s = free_port(), folder / "timed", [], [0, 0]
+    port, run_dir, phases, cpu_s = runs.free_port(), folder / "timed", [], [0, 0]
     flags = ["--model=gpt2", "--layers=2", "--width=64", "--heads=4", "--sequence_length=64", "--global_batch_size=16", "--micro_batch_size=8", *data,
              "--steps=1000000", "--checkpoint_interval_steps=0", "--eval_interval_steps=0", f"--metrics_port={port}"]
     job = subprocess.Popen(runs.command(bin_dir, "gpt", 2, run_dir, flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -207,7 +201,7 @@ def main():
         runs.write_tokens(folder / "train.bin", 20_000)
         runs.write_tokens(folder / "validation.bin", 2_000, seed=8)
         data = [f"--train_data={folder / 'train.bin'}", f"--validation_data={folder / 'validation.bin'}"]
-        port, run_dir, text_file = free_port(), folder / "run", folder / "lockstep.prom"
+        port, run_dir, text_file = runs.free_port(), folder / "run", folder / "lockstep.prom"
         watched = [*FLAGS, *data, "--steps=1000000", "--checkpoint_interval_steps=40", "--eval_interval_steps=20", f"--metrics_port={port}", f"--metrics_textfile={text_file}"]
         job = subprocess.Popen(runs.command(bin_dir, "gpt", 2, run_dir, watched), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         try:

@@ -5,6 +5,7 @@ import os
 import pathlib
 import random
 import re
+import socket
 import subprocess
 import threading
 import time
@@ -129,6 +130,11 @@ def digests(bin_dir, run_dir):
     """Digests of the newest durable checkpoint, or of the one named: (step, weights, optimizer)."""
     answer = inspect(bin_dir, run_dir)
     return answer["step"], answer["weights_digest"], answer["optimizer_digest"]
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def processes_of(run_dir, program=None):
