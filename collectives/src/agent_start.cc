@@ -27,6 +27,7 @@ std::string agent_program() {
 
 int spawn(const std::string& program, std::vector<std::string> words, pid_t& pid) {
   std::vector<char*> argv;
+  argv.reserve(words.size() + 1);
   for (std::string& word : words) argv.push_back(word.data());
   argv.push_back(nullptr);
   posix_spawn_file_actions_t files;
