@@ -75,12 +75,13 @@ pid_t start_quietly(const std::vector<std::string>& command) {
 }  // namespace
 
 std::vector<Host> parse_host_list(const std::string& list) {
+  const std::string where = "--hosts=" + list;
   std::vector<Host> hosts;
-  for (const std::string& item : split(list, ',')) {
+  for (std::string& item : split(list, ',')) {
     const size_t colon = item.find(':');
     const auto slots = colon == std::string::npos ? 1 : whole_number(item.substr(colon + 1));
-    check_name(item.substr(0, colon), "--hosts=" + list);
-    if (!slots) throw ConfigError("'" + item + "' in --hosts=" + list + " has no number of ranks. Mend: a:4,b:4");
+    check_name(item.substr(0, colon), where);
+    if (!slots) throw ConfigError("'" + item.append("' in ") + where + " has no number of ranks. Mend: a:4,b:4");
     add(hosts, item.substr(0, colon), *slots);
   }
   if (hosts.empty()) throw ConfigError("--hosts names no host. Mend: --hosts=a:4,b:4");
@@ -101,7 +102,7 @@ std::vector<Host> parse_hostfile(const std::string& text, int64_t cores) {
     while (words >> word) {
       const auto value = word.starts_with("slots=") ? whole_number(word.substr(6)) : std::nullopt;
       if (!value && !word.starts_with("max_slots=") && !word.starts_with("max-slots="))
-        throw ConfigError("'" + word + "' in " + where + " is not understood. Mend: NAME slots=N");
+        throw ConfigError("'" + word.append("' in ") + where + " is not understood. Mend: NAME slots=N");
       slots = value.value_or(slots);
     }
     add(hosts, name, slots);

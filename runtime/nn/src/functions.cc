@@ -192,14 +192,6 @@ at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up) {
                     [](const auto& inputs) { return nn::swiglu(inputs[0], inputs[1]); });
 }
 
-at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal) {
-  const bool grouped = q.size(2) != k.size(2);
-  const at::Tensor out =
-      at::scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), /*attn_mask=*/{},
-                                       /*dropout_p=*/0.0, causal, /*scale=*/std::nullopt, /*enable_gqa=*/grouped);
-  return out.transpose(1, 2).reshape({q.size(0), q.size(1), q.size(2) * q.size(3)});
-}
-
 at::Tensor rope(const at::Tensor& x, const at::Tensor& cosines, const at::Tensor& sines) {
   for (const at::Tensor& table : {cosines, sines}) {
     LOCKSTEP_CHECK(x.dim() == 4 && x.size(3) % 2 == 0 && table.sizes() == at::IntArrayRef({x.size(1), x.size(3) / 2}) &&

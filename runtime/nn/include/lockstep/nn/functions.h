@@ -14,8 +14,10 @@ at::Tensor gelu(const at::Tensor& x);
 at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up);
 
 /// Causal or full attention. q [B, T, heads, D]; k, v [B, T, kv_heads, D] with heads a multiple of kv_heads; any
-/// strides.
+/// strides; those with dense rows are read where they are. With another number of keys than queries, causal lets query
+/// i see keys 0 .. i, as LibTorch does.
 /// @return [B, T, heads * D].
+/// Threads: heads are shared out over LibTorch's. Source of the f32 kernel: FlashAttention-2, Dao, arXiv:2307.08691.
 at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal);
 
 /// Rotary position embedding of x [B, T, heads, D]: pairs are halves (i, i + D/2), as in Llama. Tables [T, D/2] f32

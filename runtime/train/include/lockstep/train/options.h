@@ -31,8 +31,8 @@ struct Options {
   bool sequence_parallel = false;  ///< with tensor parallelism: what lies between its regions is cut along the sequence
   int zero_stage = 0;       ///< sharded over data-parallel ranks: 1 optimizer state, 2 and gradients, 3 and parameters
   int zero_shard_size = 0;  ///< ranks a replica is sharded over, neighbours; 0: all data-parallel ranks
+  int pipeline_chunks = 1;  ///< pieces a stage's layers come in; interleaved: at least 2
   std::string pipeline_schedule = "1f1b";  ///< gpipe | 1f1b | interleaved
-  int pipeline_chunks = 1;                 ///< pieces a stage's layers come in; interleaved: at least 2
   std::string pipeline_split;              ///< layers of each piece, "3,4,4,1"; empty: by cost
   Recompute recompute = Recompute::kNone;
   int64_t bucket_bytes = 25 << 20;
@@ -55,9 +55,9 @@ struct Options {
   std::string resume = "auto";           ///< auto | never | PATH
   std::string init_from;                 ///< weights only, step 0
   std::vector<std::string> accept_config_change;
-  bool take_over = false;
   std::string job_id;     ///< of the job this start belongs to: earlier starts of it are over, wherever they were
   int64_t job_start = 0;  ///< which of its starts this is
+  bool take_over = false;
   bool trust_foreign_checkpoint = false;  ///< load checkpoints that belong to another user
   std::string share = "none";             ///< none | group: who else may read what the run writes
 
@@ -65,11 +65,11 @@ struct Options {
   int64_t eval_interval_steps = 250;  ///< <= 0: only after the last step
   int64_t eval_samples = -1;          ///< -1: the whole validation split
   int64_t log_interval_steps = 10;
-  int metrics_port = 0;  ///< metrics/endpoint.h, on rank 0; 0: none
-  std::string metrics_bind = "127.0.0.1";
-  std::string metrics_textfile;    ///< the same as a file; empty: none
-  std::string profile_steps;       ///< "10:12": what all ranks do in these steps goes into traces/step-10-12.json
   bool check_collectives = false;  ///< compare across ranks what they must do alike: so far, plans of checkpoints
+  int metrics_port = 0;            ///< metrics/endpoint.h, on rank 0; 0: none
+  std::string metrics_bind = "127.0.0.1";
+  std::string metrics_textfile;  ///< the same as a file; empty: none
+  std::string profile_steps;     ///< "10:12": what all ranks do in these steps goes into traces/step-10-12.json
   int64_t replica_check_interval_steps = 100;  ///< steps in which all that replicas hold is compared once; 0: off
 
   int64_t num_leaves() const { return global_batch_size / micro_batch_size; }
