@@ -18,6 +18,7 @@ root = os.getcwd()
 commands = json.load(open(f"{build}/compile_commands.json"))
 for entry in commands:
     entry["command"] = re.sub(r"-include \S*cmake_pch\.hxx|-Winvalid-pch|-Wno-missing-field-initializers", "", re.sub(r"^.*?(?=/\S*c\+\+ )", "", entry["command"]))
+commands = list({entry["file"]: entry for entry in commands}.values())  # a file that several targets compile is looked at once
 json.dump(commands, open(f"{cache}/compile_commands.json", "w"))
 includes = {}
 for block in subprocess.run(["ninja", "-C", build, "-t", "deps"], capture_output=True, text=True, check=True).stdout.split("\n\n"):

@@ -16,16 +16,23 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
-// LibTorch's kernel on a CPU makes its products of small pieces, at half of what ours reaches.
+// LibTorch's kernel on a CPU makes its products of small pieces, at half of what ours reaches; in bf16 it is slower
+// still, so that bf16 is widened for ours, but for CPUs whose tiles multiply bf16.
 bool has_kernel(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  static const bool has_bf16_tiles = __builtin_cpu_supports("amx-bf16") != 0;
+  const at::ScalarType dtype = q.scalar_type();
   for (const at::Tensor& x : {q, k, v}) {
-    if (!x.is_cpu() || x.scalar_type() != at::kFloat || x.dim() != 4 || x.numel() == 0) return false;
+    if (!x.is_cpu() || x.scalar_type() != dtype || x.dim() != 4 || x.numel() == 0) return false;
   }
-  return !is_bf16() && k.sizes() == v.sizes() && q.size(0) == k.size(0) && q.size(2) % k.size(2) == 0 &&
-         q.size(3) == k.size(3) && has_attention_kernel(q.size(3));
+  return (dtype == at::kBFloat16 ? !has_bf16_tiles : dtype == at::kFloat && !is_bf16()) && k.sizes() == v.sizes() &&
+         q.size(0) == k.size(0) && q.size(2) % k.size(2) == 0 && q.size(3) == k.size(3) &&
+         has_attention_kernel(q.size(3));
 }
 
-at::Tensor dense_rows(const at::Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
+at::Tensor f32_rows(const at::Tensor& x) {
+  const at::Tensor wide = x.to(at::kFloat);
+  return wide.stride(-1) == 1 ? wide : wide.contiguous();
+}
 
 // Sample `batch` of x [B, T, heads, D] from `head` on.
 template <typename T>
@@ -61,7 +68,7 @@ void for_each_head(const at::Tensor& k, const AttentionShape& shape, Body body) 
 struct Attention : Function<Attention> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& q_in, const at::Tensor& k_in,
                             const at::Tensor& v_in, bool causal) {
-    const at::Tensor q = dense_rows(q_in), k = dense_rows(k_in), v = dense_rows(v_in);
+    const at::Tensor q = f32_rows(q_in), k = f32_rows(k_in), v = f32_rows(v_in);
     const AttentionShape shape = shape_of(q, k, causal);
     at::Tensor out = at::empty({q.size(0), q.size(1), q.size(2) * q.size(3)}, q.options());
     at::Tensor log_sums = at::empty({q.size(0), q.size(2), q.size(1)}, q.options());
@@ -73,14 +80,16 @@ struct Attention : Function<Attention> {
                         log_sums.mutable_data_ptr<float>() + (batch * q.size(2) + head) * q.size(1), shape, scratch);
     });
     ctx->saved_data["causal"] = causal;
-    ctx->save_for_backward({q, k, v, out, log_sums});
+    out = out.to(q_in.scalar_type());
+    ctx->save_for_backward({q_in, k_in, v_in, out, log_sums});
     return out;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    const at::Tensor &q = saved[0], &k = saved[1], &v = saved[2], &log_sums = saved[4];
-    const at::Tensor out = saved[3].view(q.sizes()), grad = dense_rows(grads[0].view(q.sizes()));
+    const at::ScalarType dtype = saved[0].scalar_type();
+    const at::Tensor q = f32_rows(saved[0]), k = f32_rows(saved[1]), v = f32_rows(saved[2]), &log_sums = saved[4];
+    const at::Tensor out = f32_rows(saved[3].view(q.sizes())), grad = f32_rows(grads[0].view(q.sizes()));
     const AttentionShape shape = shape_of(q, k, ctx->saved_data["causal"].toBool());
     const at::Tensor q_grad = at::empty(q.sizes(), q.options()), k_grad = at::empty(k.sizes(), k.options()),
                      v_grad = at::empty(v.sizes(), v.options());
@@ -94,7 +103,7 @@ struct Attention : Function<Attention> {
                           heads_of<float>(v_grad, batch, kv_head)},
                          shape, scratch);
     });
-    return {q_grad, k_grad, v_grad, at::Tensor()};
+    return {q_grad.to(dtype), k_grad.to(dtype), v_grad.to(dtype), at::Tensor()};
   }
 };
 

@@ -110,14 +110,15 @@ class TiledAttentionTest : public testing::TestWithParam<bool> {  // causal
 };
 INSTANTIATE_TEST_SUITE_P(Causal, TiledAttentionTest, testing::Bool());
 
-TEST_P(TiledAttentionTest, ServesF32WithHeadsOf16To256) {
+TEST_P(TiledAttentionTest, ServesF32AndBf16WithHeadsOf16To256) {
   const auto is_ours = [](int64_t dim, at::ScalarType type) {
     const at::Tensor x = normal({1, 2, 1, dim}, 1, type).requires_grad_();
     return attention(x, x, x, GetParam()).grad_fn()->name().find("lockstep") != std::string::npos;
   };
   for (const int64_t dim : {16, 48, 64, 256}) EXPECT_TRUE(is_ours(dim, at::kFloat)) << dim;
   for (const int64_t dim : {8, 24, 272}) EXPECT_FALSE(is_ours(dim, at::kFloat)) << dim;
-  EXPECT_FALSE(is_ours(64, at::kBFloat16) || is_ours(64, at::kDouble));
+  EXPECT_FALSE(is_ours(64, at::kDouble));
+  EXPECT_EQ(is_ours(64, at::kBFloat16), __builtin_cpu_supports("amx-bf16") == 0);
   const AutocastGuard bf16(at::kCPU, true);
   EXPECT_FALSE(is_ours(64, at::kFloat));
 }
@@ -195,18 +196,20 @@ TEST_P(AttentionTest, LargeScoresNeitherOverflowNorLoseTheirPlace) {
 }
 
 TEST_P(TiledAttentionTest, ASampleHasTheSameBitsAloneAndInABatch) {
-  const Tensors in = inputs({3, 257, 4, 2, 64}, at::kFloat);
-  const at::Tensor upstream = normal({3, 257, 256}, 77);
-  const auto part = [&](int64_t begin, int64_t size) {
-    Tensors some;
-    for (const auto& x : in) some.push_back(x.narrow(0, begin, size));
-    return run([](const Tensors& t) { return attention(t[0], t[1], t[2], GetParam()); }, some,
-               [&](const at::Tensor&) { return upstream.narrow(0, begin, size); });
-  };
-  const Pass all = part(0, 3), last = part(2, 1);
-  Pass last_of_all{all.output.narrow(0, 2, 1), {}};
-  for (const auto& grad : all.grads) last_of_all.grads.push_back(grad.narrow(0, 2, 1));
-  expect_same_bits(last_of_all, last);
+  for (const auto type : {at::kFloat, at::kBFloat16}) {
+    const Tensors in = inputs({3, 257, 4, 2, 64}, type);
+    const at::Tensor upstream = normal({3, 257, 256}, 77, type);
+    const auto part = [&](int64_t begin, int64_t size) {
+      Tensors some;
+      for (const auto& x : in) some.push_back(x.narrow(0, begin, size));
+      return run([](const Tensors& t) { return attention(t[0], t[1], t[2], GetParam()); }, some,
+                 [&](const at::Tensor&) { return upstream.narrow(0, begin, size); });
+    };
+    const Pass all = part(0, 3), last = part(2, 1);
+    Pass last_of_all{all.output.narrow(0, 2, 1), {}};
+    for (const auto& grad : all.grads) last_of_all.grads.push_back(grad.narrow(0, 2, 1));
+    expect_same_bits(last_of_all, last);
+  }
 }
 
 TEST_P(TiledAttentionTest, GivesTheSameBitsOnOneAndTwoThreads) {
