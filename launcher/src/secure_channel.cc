@@ -96,17 +96,25 @@ std::string Token::hex() const {
 
 Token::~Token() { ::sodium_memzero(bytes_.data(), kBytes); }
 
-SecureChannel::SecureChannel(UniqueFd fd, const Token& token, Side side, Clock::time_point now)
+SecureChannel::Nonce SecureChannel::random_nonce() {
+  init_sodium();
+  Nonce nonce{};
+  ::randombytes_buf(nonce.data(), nonce.size());
+  return nonce;
+}
+
+SecureChannel::SecureChannel(UniqueFd fd, const Token& token, Side side, Clock::time_point now, const Nonce& nonce)
     : fd_(std::move(fd)),
       token_(token),
-      side_(side),
       state_(side == Side::kServer ? State::kAnswer : State::kGreeting),
-      deadline_(now + kHandshake) {
-  init_sodium();
-  auto& own = side == Side::kServer ? server_nonce_ : client_nonce_;
-  ::randombytes_buf(own.data(), own.size());
-  if (side == Side::kServer) output_ = std::string(kMagic) + std::string(text_of(server_nonce_));
-  write_deadline_ = deadline_;
+      deadline_(now + kHandshake),
+      write_deadline_(deadline_) {
+  if (side == Side::kServer) {
+    server_nonce_ = nonce;
+    output_ = std::string(kMagic) + std::string(text_of(nonce));
+  } else {
+    client_nonce_ = nonce;
+  }
 }
 
 void SecureChannel::end(const std::string& why) {

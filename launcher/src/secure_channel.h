@@ -43,8 +43,9 @@ class Token {
 /// frames of that way from 0. So an answer of another connection, a frame that comes again, is left out or goes the
 /// wrong way is found. What frames say is not hidden: it is no secret.
 ///
-///   Example: token 00 01 ... 1f, S 32 bytes aa, C 32 bytes bb. The answer is C and
-///     cd 8c 5f 7c ... (tests/launcher/secure_channel_test.cc has all of it, made by another implementation)
+///   Example: token 00 01 ... 1f, S 32 bytes aa, C 32 bytes bb. The answer is C and 67 bf 80 c1 ... f9 3c, the proof
+///   24 d2 df eb ... 2c f4; the server's first frame, of body "a", is 01 00 00 00, 77 b1 32 6d ... 45 81, 61.
+///   tests/launcher/secure_channel_test.cc has all the bytes, from Python's hmac.
 ///
 /// A peer that sends anything else, begins and does not go on, or does not take what it is sent, is dropped.
 /// Threads: one. Never blocks.
@@ -58,8 +59,10 @@ class SecureChannel {
   static constexpr std::chrono::milliseconds kHandshake{2'000};   // in all
   static constexpr std::chrono::milliseconds kFrameTakes{5'000};  // from its first byte; also for what is sent
 
-  /// @param fd connected or connecting, nonblocking.
-  SecureChannel(UniqueFd fd, const Token& token, Side side, Clock::time_point now);
+  using Nonce = std::array<uint8_t, 32>;
+  /// @param fd connected or connecting, nonblocking. @param nonce random, but for tests that know the answer.
+  SecureChannel(UniqueFd fd, const Token& token, Side side, Clock::time_point now, const Nonce& nonce = random_nonce());
+  static Nonce random_nonce();
 
   /// Sends and receives what is possible now, and looks at the deadlines.
   void advance(Clock::time_point now);
@@ -92,11 +95,10 @@ class SecureChannel {
 
   UniqueFd fd_;
   const Token token_;
-  const Side side_;
   State state_;
   bool is_stranger_ = false;
   std::string why_, input_, output_;
-  std::array<uint8_t, 32> server_nonce_{}, client_nonce_{};
+  Nonce server_nonce_{}, client_nonce_{};
   Mac sending_key_{}, receiving_key_{};
   uint64_t sent_ = 0, received_ = 0;
   Clock::time_point deadline_;  // of the handshake, then of the frame that has begun

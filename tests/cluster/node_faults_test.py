@@ -99,15 +99,18 @@ class Faults:
          "cut": lambda: lab("cut", self.home, host), "crash": lambda: lab("crash", self.home, host)}[kind]()
         name = f"{kind} of rank {rank} on {host} in a world of {len(places)}"
         said = {"stop": rf"^lockstep: rank {rank} \(host {host}, pid \d+\) is stopped", "kill": rf"^lockstep: first failure: rank {rank} on {host} died by signal 9",
-                "memory": rf"^lockstep: first failure: rank {rank} on {host} died by signal 9 \(Killed\)(.*host {host} for want of memory)?",
+                "memory": rf"^lockstep: first failure: rank {rank} on {host} died by signal 9",
                 "cut": rf"^lockstep: host {host} is silent", "crash": rf"^lockstep: (first failure: )?host {host} is silent"}[kind]
         wrong = lambda: self.job.when(rf"{MAP}|^lockstep: starting again", at)
         self.job.until(lambda: self.job.when(said, at) or wrong(), f"{name} is found", 30)
         found = self.job.when(said, at)
         assert found, f"{name}: not named:\n" + "".join(line for when, line in self.job.lines if when >= at)
+        if kind == "memory":
+            want = f"the kernel ended a process of host {host} for want of memory"
+            self.job.until(lambda: self.job.when(want, at) or self.job.when(MAP, at), name)
+            assert self.job.when(want, at), f"{name}: not for want of memory:\n" + "".join(line for when, line in self.job.lines if when >= at)
         if kind in ("cut", "crash"):
             lab({"cut": "heal", "crash": "boot"}[kind], self.home, host)
-        records = set()
         self.job.until(lambda: self.job.when(MAP, at), f"{name}: the next start")
         records = set(self.run_dir.glob("hang-*.json")) - before
         assert len(records) == 1, f"{name}: records {records}:\n" + "".join(line for when, line in self.job.lines if when >= at)
