@@ -46,6 +46,7 @@ constexpr milliseconds kStackTakes{400};     // a rank's answer to SIGUSR2
 constexpr milliseconds kOthersDecide{1000};  // what only another node can know is waited for
 constexpr milliseconds kRanksEnd{1500};      // what is told to end, and does not, is killed
 constexpr milliseconds kHeartbeat{500}, kReport{500}, kLastWords{300};
+constexpr std::chrono::seconds kJobEnds{10};  // else this node is watched on, as without a supervisor
 
 void pause(milliseconds time) { ::poll(nullptr, 0, static_cast<int>(time.count())); }
 
@@ -96,7 +97,7 @@ class Agent {
   Clock::time_point heartbeat_sent_{}, report_sent_{};
   std::optional<std::pair<Verdict, NodeReport>> death_;  // seen, not told yet
   Clock::time_point born_ = Clock::now(), looked_ = born_, patient_until_{}, death_seen_{}, undecided_since_{},
-                    stragglers_told_{};
+                    stragglers_told_{}, over_since_{};
 };
 
 void Agent::find_ranks() {
@@ -157,7 +158,8 @@ int Agent::run() {
     }
     if (is_served_ && !is_served) undecided_since_ = {};
     is_served_ = is_served;
-    if (link_.is_job_over()) {  // its ranks are being ended: that is no death to tell of
+    if (link_.is_job_over() && over_since_ == Clock::time_point()) over_since_ = Clock::now();
+    if (link_.is_job_over() && Clock::now() - over_since_ < kJobEnds) {  // by mpirun: that is no death to tell of
       pause(kTick);
     } else if (is_served) {
       serve();

@@ -4,6 +4,7 @@
 #include <iostream>
 
 #include <poll.h>
+#include <sys/resource.h>
 
 #include <lockstep/base/error.h>
 
@@ -15,6 +16,7 @@ namespace {
 
 using std::chrono::milliseconds;
 
+constexpr size_t kOwnDescriptors = 128;
 constexpr milliseconds kLastWords{400};  // of agents whose ranks are being ended
 
 std::vector<NodeWatch::Node> nodes_of(const Placement& placement) {
@@ -36,6 +38,14 @@ std::string address_for(const Placement& placement) {
   return "";
 }
 
+// Only where there are not enough: what is started from here inherits it.
+void allow_descriptors(rlim_t wanted) {
+  rlimit limit{};
+  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= wanted) return;
+  limit.rlim_cur = std::min(wanted, limit.rlim_max);
+  ::setrlimit(RLIMIT_NOFILE, &limit);
+}
+
 }  // namespace
 
 std::unique_ptr<ClusterWatch> ClusterWatch::start(const Placement& placement, const std::string& launch_folder,
@@ -43,11 +53,13 @@ std::unique_ptr<ClusterWatch> ClusterWatch::start(const Placement& placement, co
   const auto is_here = [](const Host& host) { return is_this_machine(host.name); };
   if (std::all_of(placement.hosts.begin(), placement.hosts.end(), is_here)) return nullptr;
   const std::string address = address_for(placement);
+  const size_t most_agents = 2 * placement.hosts.size();  // while one comes back the old connection may still be there
+  allow_descriptors(most_agents + AgentServer::kMostStrangers + kOwnDescriptors);
   try {
     if (address.empty())
       throw IoError("finding the address of this host for", placement.hosts.back().name, EADDRNOTAVAIL);
     const Token token = Token::random();
-    auto server = std::make_unique<AgentServer>(address, token, 2 * placement.hosts.size());
+    auto server = std::make_unique<AgentServer>(address, token, most_agents);
     write_rendezvous(launch_folder, {address, server->port(), token});
     return std::unique_ptr<ClusterWatch>(new ClusterWatch(placement, std::move(server), run_dir));
   } catch (const IoError& error) {
@@ -157,7 +169,8 @@ void ClusterWatch::finish(const JobEnd& end) {
     receive_while([&] { return !watch_.have_answered(); });
     loss_ = watch_.loss(Clock::now());
   }
-  if (!loss_ && watch_.death(rank)) {
+  const bool ended_by_us = end.was_asked || end.was_ended_by_us;  // that is no death to tell of
+  if (!loss_ && !ended_by_us && watch_.death(rank)) {
     receive_while([&] { return !agent_of_node_.empty(); });
     death_ = watch_.death(rank);
   }

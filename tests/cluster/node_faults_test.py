@@ -94,6 +94,10 @@ class Faults:
         time.sleep(generator.uniform(0, 0.2))
         pid = ranks_of(self.run_dir).get(rank)
         assert pid, f"rank {rank} of {places} is not there"
+        token = next(self.run_dir.glob("launch/*/agents"))
+        assert token.stat().st_mode & 0o777 == 0o600, oct(token.stat().st_mode)
+        secret = token.read_text().split()[-1]
+        assert len(secret) == 64 and secret not in self.job.said(), "the token is in the log"
         at = time.monotonic()
         {"stop": lambda: os.kill(pid, signal.SIGSTOP), "kill": lambda: os.kill(pid, signal.SIGKILL), "memory": lambda: self.memory.add(pid),
          "cut": lambda: lab("cut", self.home, host), "crash": lambda: lab("crash", self.home, host)}[kind]()
@@ -155,6 +159,10 @@ def main():
                 job.end()
             runs.run(bin_dir, "gpt", 1, folder / "alone", flags)
             runs.expect_nothing_lost(run_dir)
+            told = [event["record"] for event in runs.events(run_dir) if event["event"] == "hang"]
+            assert sorted(told) == sorted(path.name for path in run_dir.glob("hang-*.json")) and len(told) == FAULTS, f"the ledger has {told}"
+            left = list(run_dir.glob("launch/*"))
+            assert not left, f"left in the run directory: {left}"
             assert runs.digests(bin_dir, run_dir) == runs.digests(bin_dir, folder / "alone")
             assert runs.losses(run_dir) == runs.losses(folder / "alone"), "losses differ"
             for kind, took in sorted(faults.took.items()):

@@ -86,6 +86,8 @@ TEST_F(AgentServerTest, AnAgentComesInByTheFileAndIsHeardAndAnswered) {
   EXPECT_EQ(*ask, (Ask{.number = 4, .tail = 7, .stacks = {3}}));
   ahead_ = SupervisorLink::kAnswers + 1ms;
   EXPECT_FALSE(link.is_up(now())) << "a supervisor that says nothing does not decide";
+  server_.send(events_[0].agent, encode(FromSupervisor(Heard{})), now());
+  EXPECT_TRUE(until(link, [&] { return link.is_up(now()); })) << "one that speaks again does";
   server_.send(events_[0].agent, encode(FromSupervisor(JobOver{})), now());
   EXPECT_TRUE(until(link, [&] { return link.is_job_over(); }));
 }
@@ -152,6 +154,22 @@ TEST_F(AgentServerTest, StrangersThatTalkAreDroppedAtOnce) {
   EXPECT_TRUE(is_closed(slow));
   EXPECT_EQ(server_.strangers(), 2);
   EXPECT_TRUE(events_.empty());
+}
+
+TEST_F(AgentServerTest, StrangersAreDroppedInTimeHoweverBusyThePortIs) {
+  SupervisorLink link(folder_.path());
+  ASSERT_TRUE(until(link, [&] { return link.is_up(now()); }));
+  const UniqueFd silent = stranger();
+  size_t served = 0;
+  for (int i = 0; i < 60; ++i) {
+    events_.clear();
+    link.send(Bye{}, now());
+    ASSERT_TRUE(until(link, [&] { return !events_.empty(); }));  // there was something to receive each time
+    served += events_.size();
+    ahead_ += 50ms;
+  }
+  EXPECT_EQ(served, 60U);
+  EXPECT_TRUE(is_closed(silent));
 }
 
 TEST_F(AgentServerTest, MoreAgentsThanThereAreHostsAreDropped) {

@@ -226,6 +226,7 @@ TEST(NodeWatch, TwoHostsBehindOneCutAreLostTogether) {
   for (const size_t node : {1, 2}) {
     cluster.cut(node);
     for (const size_t rank : {2 * node, 2 * node + 1}) cluster.world.stop(static_cast<int>(rank));
+    EXPECT_LT(cluster.run(0.4), 0);  // their heartbeats do not beat together
   }
   ASSERT_GT(cluster.run(10), 0);
   EXPECT_THAT(cluster.finding()->lost_hosts, ElementsAre("n1", "n2"));
@@ -270,7 +271,9 @@ TEST(NodeWatch, ASupervisorThatWasStoppedBlamesNobody) {
 
 TEST(NodeWatch, AJobThatWasStoppedAsAWholeIsNoHang) {
   Cluster cluster(2);
-  cluster.run(5);
+  for (auto& step : cluster.world.program(0)) step.delay_s = 0.05;
+  const auto somebody_waits = [&] { return !cluster.world.reports()[0].ranks[0].waits.empty(); };
+  for (cluster.run(5); !somebody_waits();) cluster.run(0.05);
   for (int rank = 0; rank < 4; ++rank) cluster.world.stop(rank);
   EXPECT_LT(cluster.run(20), 0) << cluster.finding()->verdict.message;
 }
@@ -290,7 +293,11 @@ TEST(NodeWatch, ANodeWithoutAnAgentIsWaitedForASecondLonger) {
 
 TEST(NodeWatch, ADeadRankIsRememberedAndMpirunEndsTheJob) {
   Cluster cluster(4);
-  cluster.run(5);
+  for (int rank = 0; rank < 8; ++rank) {
+    for (auto& step : cluster.world.program(rank)) step.delay_s = 0.4;
+  }
+  const auto somebody_waits = [&] { return !cluster.world.reports()[0].ranks[0].waits.empty(); };
+  for (cluster.run(5); somebody_waits();) cluster.run(0.05);  // the others come to the call only after the death
   EXPECT_FALSE(cluster.watch().death(std::nullopt));
   cluster.out_of_memory_kills = 1;  // on node 1
   cluster.kill(3);
