@@ -33,6 +33,7 @@ lockstep_find_library(protozero protozero/pbf_writer.hpp "")
 lockstep_find_library(pcre2 pcre2.h pcre2-8)
 lockstep_find_library(sentencepiece sentencepiece_processor.h sentencepiece)
 lockstep_find_library(zlib zlib.h z)
+lockstep_find_library(sodium sodium.h sodium)
 
 if(LOCKSTEP_BUILD_TESTS)
   find_package(GTest REQUIRED)

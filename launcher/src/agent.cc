@@ -1,13 +1,12 @@
 // The hidden verb `agent`: one a node, started by local rank 0 (collectives/src/agent_start.h). Watches the rings of
-// the node's ranks from outside, so that one that is stopped, or hangs where no thread of it moves, is found too.
+// the node's ranks from outside, so that one that is stopped, or hangs where no thread of it moves, is found too. On
+// several hosts it reports to the supervisor, which decides; one that does not reach it decides for its node.
 #include <algorithm>
 #include <array>
-#include <cerrno>
 #include <chrono>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
-#include <ctime>
 #include <memory>
 #include <optional>
 #include <string>
@@ -17,12 +16,14 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <nlohmann/json.hpp>
-
 #include <lockstep/base/error.h>
 #include <lockstep/base/unique_handle.h>
 #include <lockstep/flight/verdict.h>
 
+#include "hang_record.h"
+#include "hosts.h"
+#include "run_state.h"
+#include "supervisor_link.h"
 #include "verbs.h"
 
 namespace lockstep::launcher {
@@ -44,6 +45,8 @@ constexpr milliseconds kOthersCall{200};
 constexpr milliseconds kStackTakes{400};     // a rank's answer to SIGUSR2
 constexpr milliseconds kOthersDecide{1000};  // what only another node can know is waited for
 constexpr milliseconds kRanksEnd{1500};      // what is told to end, and does not, is killed
+constexpr milliseconds kHeartbeat{500}, kReport{500}, kLastWords{300};
+constexpr std::chrono::seconds kJobEnds{10};  // else this node is watched on, as without a supervisor
 
 void pause(milliseconds time) { ::poll(nullptr, 0, static_cast<int>(time.count())); }
 
@@ -55,14 +58,21 @@ struct Watched {
 
 class Agent {
  public:
-  Agent(std::string job, size_t num_ranks) : job_(std::move(job)), num_ranks_(num_ranks) {}
+  Agent(std::string job, size_t num_ranks, std::string launch_folder)
+      : job_(std::move(job)), num_ranks_(num_ranks), launch_folder_(std::move(launch_folder)), link_(launch_folder_) {}
   int run();
 
  private:
   void find_ranks();
   void wait();
   bool are_all_gone() const;
+  void watch_alone();
   bool look();
+  void serve();
+  bool has_news(const NodeReport& node);
+  void send_heartbeat();
+  void answer(const Ask& ask);
+  void say_bye();
   bool was_suspended(const NodeReport& node);
   NodeReport report(size_t tail) const;
   void note_death(const Verdict& verdict, const NodeReport& node);
@@ -70,18 +80,24 @@ class Agent {
   void tell_last();
   void report_stragglers(const NodeReport& node);
   bool end_as_hung();
-  void ask_for_stacks(const Verdict& verdict);
+  void ask_for_stacks(const std::vector<int32_t>& culprits);
   void tell(const Verdict& verdict);
   void write_record(const Verdict& verdict, const NodeReport& node) const;
   const Watched* speaker() const;
 
   const std::string job_;
   const size_t num_ranks_;
+  const std::string launch_folder_;
+  SupervisorLink link_;
+  const int64_t killed_before_ = out_of_memory_kills();
   std::vector<Watched> ranks_;
-  bool has_told_death_ = false;
+  bool has_told_death_ = false, is_served_ = false, has_ended_job_ = false;
+  size_t num_gone_ = 0, num_gone_told_ = 0;
+  int64_t waited_ns_ = 0;  // the longest wait when it was last looked at
+  Clock::time_point heartbeat_sent_{}, report_sent_{};
   std::optional<std::pair<Verdict, NodeReport>> death_;  // seen, not told yet
   Clock::time_point born_ = Clock::now(), looked_ = born_, patient_until_{}, death_seen_{}, undecided_since_{},
-                    stragglers_told_{};
+                    stragglers_told_{}, over_since_{};
 };
 
 void Agent::find_ranks() {
@@ -104,6 +120,7 @@ void Agent::wait() {
   for (const Watched& rank : ranks_) {
     if (!rank.is_gone && rank.process) ends.push_back({rank.process.get(), POLLIN, 0});
   }
+  ends.push_back(link_.polled());
   const bool is_quick = ranks_.size() < num_ranks_ && Clock::now() - born_ < std::chrono::seconds(2);
   ::poll(ends.data(), ends.size(), is_quick ? 20 : static_cast<int>(kTick.count()));
 }
@@ -122,24 +139,101 @@ NodeReport Agent::report(size_t tail) const {
 }
 
 int Agent::run() {
-  for (;;) {
+  while (!has_ended_job_) {
     find_ranks();
-    bool has_died = false;
     for (Watched& rank : ranks_) {
       if (rank.is_gone || !rank.ring->is_gone()) continue;
-      rank.is_gone = has_died = true;
+      rank.is_gone = true;
+      ++num_gone_;
     }
+    link_.advance(Clock::now());
+    const bool is_served = link_.is_up(Clock::now());
     if (ranks_.empty() ? Clock::now() - born_ > kRanksCome : are_all_gone()) {
-      tell_last();
+      if (is_served) {
+        say_bye();
+      } else if (!link_.is_job_over()) {
+        tell_last();
+      }
       return 0;
     }
-    if (has_died) {
-      pause(kAfterADeath);  // where all end together there is nothing to tell
-      continue;
+    if (is_served_ && !is_served) undecided_since_ = {};
+    is_served_ = is_served;
+    if (link_.is_job_over() && over_since_ == Clock::time_point()) over_since_ = Clock::now();
+    if (link_.is_job_over() && Clock::now() - over_since_ < kJobEnds) {  // by mpirun: that is no death to tell of
+      pause(kTick);
+    } else if (is_served) {
+      serve();
+      wait();
+    } else {
+      watch_alone();
     }
-    if (look() && end_as_hung()) return 0;
-    wait();
   }
+  return 0;
+}
+
+void Agent::watch_alone() {
+  if (num_gone_ > num_gone_told_) {
+    num_gone_told_ = num_gone_;
+    return pause(kAfterADeath);  // where all end together there is nothing to tell
+  }
+  has_ended_job_ = look() && end_as_hung();
+  if (!has_ended_job_) wait();
+}
+
+// The supervisor decides. It hears of this node each half second, and what it needs to know when it matters.
+void Agent::serve() {
+  const auto now = Clock::now();
+  const bool has_died = num_gone_ > num_gone_told_;
+  if (now - heartbeat_sent_ >= kHeartbeat || has_died) send_heartbeat();
+  while (const auto ask = link_.next_ask()) answer(*ask);
+  const NodeReport node = report(kTail);
+  was_suspended(node);
+  if (has_news(node) || has_died) {
+    link_.send(Report{.number = 0, .node = node}, Clock::now());
+    report_sent_ = Clock::now();
+  } else {
+    report_stragglers(node);
+  }
+  num_gone_told_ = num_gone_;
+}
+
+// A wait that has lasted for half of the timeout, and at once when it reaches the timeout. Others that are dead or
+// stopped make somebody wait.
+bool Agent::has_news(const NodeReport& node) {
+  const int64_t timeout_ns = flight::rules_for(std::span(&node, 1)).timeout_ns;
+  int64_t longest = 0;
+  for (const RankReport& rank : node.ranks) {
+    for (const flight::WaitReport& wait : rank.waits) longest = std::max(longest, wait.for_ns);
+  }
+  const bool has_crossed = waited_ns_ < timeout_ns && longest >= timeout_ns;
+  waited_ns_ = longest;
+  return has_crossed || (longest >= timeout_ns / 2 && Clock::now() - report_sent_ >= kReport);
+}
+
+void Agent::send_heartbeat() {
+  const NodeReport node = report(0);
+  Heartbeat heartbeat{.host = own_name()};
+  for (const RankReport& rank : node.ranks) {
+    heartbeat.ranks.push_back(rank.rank);
+    heartbeat.step = std::max(heartbeat.step, rank.step);
+  }
+  std::sort(heartbeat.ranks.begin(), heartbeat.ranks.end());
+  if (!node.ranks.empty()) heartbeat.timeout_ms = flight::rules_for(std::span(&node, 1)).timeout_ns / 1'000'000;
+  heartbeat.out_of_memory_kills = std::max<int64_t>(out_of_memory_kills() - killed_before_, 0);
+  heartbeat_sent_ = Clock::now();
+  link_.send(heartbeat, heartbeat_sent_);
+}
+
+void Agent::answer(const Ask& ask) {
+  if (!ask.stacks.empty()) ask_for_stacks(ask.stacks);
+  link_.send(Report{.number = ask.number, .node = report(ask.tail)}, Clock::now());
+}
+
+void Agent::say_bye() {
+  send_heartbeat();
+  link_.send(Report{.number = 0, .node = report(kTail)}, Clock::now());
+  link_.send(Bye{}, Clock::now());
+  link_.flush(kLastWords);
 }
 
 // A whole job that was stopped (by a batch system, or its machine) has lost time, not ranks. Once it goes on, what ages
@@ -231,11 +325,11 @@ const Watched* Agent::speaker() const {
   return lowest;
 }
 
-void Agent::ask_for_stacks(const Verdict& verdict) {
+void Agent::ask_for_stacks(const std::vector<int32_t>& culprits) {
   std::vector<std::pair<const RingReader*, uint32_t>> asked;
   for (const Watched& rank : ranks_) {
     const RankReport report = rank.ring->read(0);
-    const bool is_culprit = std::count(verdict.culprits.begin(), verdict.culprits.end(), report.rank) > 0;
+    const bool is_culprit = std::count(culprits.begin(), culprits.end(), report.rank) > 0;
     if (!is_culprit || report.liveness == Liveness::kStopped || report.liveness == Liveness::kGone) continue;
     asked.emplace_back(rank.ring.get(), rank.ring->header().stack_number.load());
     ::kill(report.pid, SIGUSR2);
@@ -260,7 +354,7 @@ bool Agent::end_as_hung() {
     first = judge_now(node);
   }
   if (first.cause == Cause::kNone) return false;
-  ask_for_stacks(first);
+  ask_for_stacks(first.culprits);
   Verdict verdict = judge_now(node);
   if (verdict.cause != first.cause || verdict.culprits != first.culprits) verdict = first;
   write_record(verdict, node);
@@ -286,27 +380,13 @@ void Agent::tell(const Verdict& verdict) {
   }
 }
 
-// Into the run directory; before there is one, to where the launch keeps its records. Written aside, then in place.
+// Into the run directory; before there is one, to where the launch keeps its records.
 void Agent::write_record(const Verdict& verdict, const NodeReport& node) const {
   std::string folder;
   for (const Watched& rank : ranks_) {
     if (folder.empty()) folder = rank.ring->folder();
   }
-  if (const char* launch = std::getenv("LOCKSTEP_LAUNCH_DIR"); folder.empty() && launch) folder = launch;
-  if (folder.empty()) return;
-  const std::time_t now = std::time(nullptr);
-  std::array<char, 32> when{};
-  std::tm utc{};
-  std::strftime(when.data(), when.size(), "%Y%m%dT%H%M%SZ", ::gmtime_r(&now, &utc));
-  const std::string path = folder + "/hang-" + when.data() + "-" + node.host + ".json";
-  const std::string aside = path + ".new", text = flight::verdict_json(verdict, std::span(&node, 1)) + "\n";
-  const UniqueFd file(::open(aside.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0640));
-  if (!file) return;
-  if (::write(file.get(), text.data(), text.size()) == static_cast<ssize_t>(text.size())) {
-    ::rename(aside.c_str(), path.c_str());
-  } else {
-    ::unlink(aside.c_str());
-  }
+  write_hang_record(folder.empty() ? launch_folder_ : folder, node.host, verdict, std::span(&node, 1));
 }
 
 const std::vector<Arguments::Flag> kFlags = {
@@ -320,7 +400,8 @@ int agent(const Arguments& arguments) {
   const std::string job = arguments.get("job", "");
   if (job.size() != 16 || job.find_first_not_of("0123456789abcdef") != std::string::npos)
     throw ConfigError("lockstep agent is started by a job's ranks");
-  return Agent(job, static_cast<size_t>(arguments.number("ranks", 1, 1, 4096))).run();
+  const char* launch = std::getenv("LOCKSTEP_LAUNCH_DIR");
+  return Agent(job, static_cast<size_t>(arguments.number("ranks", 1, 1, 4096)), launch ? launch : "").run();
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 #include "failure_scan.h"
 
+#include <charconv>
 #include <regex>
 
 #include "machine.h"
@@ -58,6 +59,12 @@ void FailureScan::take_line(std::string_view text) {
                             "unable to reliably start one or more daemons"}) {
     lost_host_ |= line.find(words) != std::string::npos;
   }
+}
+
+std::optional<int> FailureScan::dead_rank() const {
+  int rank = 0;
+  const char* end = died_rank_.data() + died_rank_.size();
+  return std::from_chars(died_rank_.data(), end, rank).ec == std::errc() ? std::optional(rank) : std::nullopt;
 }
 
 std::optional<std::string> FailureScan::first_failure() const {

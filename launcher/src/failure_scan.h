@@ -17,6 +17,8 @@ class FailureScan {
 
   /// The first failure, e.g. "rank 3 died by signal 9 (Killed)" or the first ERROR line; nullopt: none was seen.
   std::optional<std::string> first_failure() const;
+  /// The rank that mpirun says died by a signal, and so ended the job.
+  std::optional<int> dead_rank() const;
   /// Whether mpirun said that it could not start the ranks at all.
   bool could_not_start() const { return could_not_start_; }
   /// Whether mpirun said that a host, or its daemon there, is gone.

@@ -26,6 +26,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+constexpr std::chrono::milliseconds kWithoutHosts{500};  // those that are left are told, the others do not matter
 constexpr std::chrono::seconds kMpirunEnds{5};  // TERM to mpirun: its ranks are gone after 2 s (measured, 4.1 and 5.0)
 
 // Ours say that they are ready within a second or two; a program that never says so must not wait for long.
@@ -62,14 +63,18 @@ class Process {
         return status;
       }
       act_on_signals();
-      std::array<pollfd, 2> watched{
-          {{errors_.get(), POLLIN, 0}, {pidfd_.get(), POLLIN, 0}}};  // poll passes over negative ones
+      act_on_watch();
+      const int told = job_.watch && !ended_by_watch_ ? job_.watch->fd() : -1;
+      std::array<pollfd, 3> watched{{{errors_.get(), POLLIN, 0},  // poll passes over negative ones
+                                     {pidfd_.get(), POLLIN, 0},
+                                     {told, POLLIN, 0}}};
       ::poll(watched.data(), watched.size(), pidfd_.get() < 0 ? 5 : asked_ && !told_ ? 20 : 100);
       relay();
     }
   }
   bool asked() const { return asked_; }
-  bool ended_by_us() const { return terminated_; }
+  bool ended_by_us() const { return terminated_ && !ended_by_watch_; }
+  bool ended_by_watch() const { return ended_by_watch_; }
   FailureScan scan() { return std::move(scan_); }
 
  private:
@@ -149,20 +154,33 @@ class Process {
       ::kill(pid_, SIGUSR1);
     }
     if (asked_ && !terminated_ && (stop_is_urgent() || now >= deadline_)) {
-      terminated_ = true;
-      deadline_ = now + kMpirunEnds;
       std::cerr << "lockstep: ending the ranks" << std::endl;
-      ::kill(-pid_, job_.under_mpirun ? SIGTERM : SIGKILL);
-      ::kill(-pid_, SIGCONT);  // one that is stopped could not end
+      end_ranks(now + kMpirunEnds);
     } else if (terminated_ && now >= deadline_) {
       ::kill(-pid_, SIGKILL);
     }
   }
 
+  void act_on_watch() {
+    if (!job_.watch || terminated_) return;
+    const JobWatch::Advice advice = job_.watch->look();
+    if (advice == JobWatch::Advice::kGoOn) return;
+    ended_by_watch_ = true;
+    const bool waits_in_vain = advice == JobWatch::Advice::kEndWithoutHosts;
+    end_ranks(Clock::now() + (waits_in_vain ? kWithoutHosts : std::chrono::milliseconds(kMpirunEnds)));
+  }
+
+  void end_ranks(Clock::time_point deadline) {
+    terminated_ = true;
+    deadline_ = deadline;
+    ::kill(-pid_, job_.under_mpirun ? SIGTERM : SIGKILL);
+    ::kill(-pid_, SIGCONT);  // one that is stopped could not end
+  }
+
   const Job& job_;
   pid_t pid_ = -1;
   UniqueFd errors_, pidfd_;
-  bool asked_ = false, told_ = false, terminated_ = false;
+  bool asked_ = false, told_ = false, terminated_ = false, ended_by_watch_ = false;
   Clock::time_point started_, deadline_{};
   FailureScan scan_;
 };
@@ -173,7 +191,7 @@ JobEnd run_job(const Job& job) {
   ::prctl(PR_SET_CHILD_SUBREAPER, 1);
   Process process(job);
   const int status = process.wait();
-  return {status, process.asked(), process.ended_by_us(), process.scan()};
+  return {status, process.asked(), process.ended_by_us(), process.ended_by_watch(), process.scan()};
 }
 
 }  // namespace lockstep::launcher

@@ -11,6 +11,19 @@
 
 namespace lockstep::launcher {
 
+/// Looks at a job while it runs, in the same thread.
+class JobWatch {
+ public:
+  enum class Advice {
+    kGoOn,
+    kEnd,              ///< it has to end now
+    kEndWithoutHosts,  ///< and mpirun would wait for hosts that do not answer
+  };
+  virtual ~JobWatch() = default;
+  virtual int fd() const = 0;  ///< readable: there is something to look at
+  virtual Advice look() = 0;   ///< ten times a second at least. Never waits.
+};
+
 /// One start of a program, alone or under mpirun.
 struct Job {
   std::vector<std::string> command;  ///< argv; the first word is a path
@@ -18,6 +31,7 @@ struct Job {
   std::chrono::seconds grace{30};                  ///< from a request to stop until the ranks are ended
   std::map<std::string, std::string> environment;  ///< set for it, over what this process has
   LaunchRecords records{""};                       ///< where its ranks say that they are ready
+  JobWatch* watch = nullptr;                       ///< may be none
 };
 
 /// How it ended, not yet judged (verdict.h).
@@ -25,7 +39,8 @@ struct JobEnd {
   int status = 0;                ///< waitpid's, of the program or of mpirun
   bool was_asked = false;        ///< by a signal to this process
   bool was_ended_by_us = false;  ///< after the grace
-  FailureScan scan;              ///< what it said on standard error
+  bool was_ended_by_watch = false;
+  FailureScan scan;  ///< what it said on standard error
 };
 
 /// Runs it to its end. Requests to stop (stop_signals.h) ask the ranks to save and stop: USR1 to mpirun, which hands it

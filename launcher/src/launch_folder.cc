@@ -19,6 +19,7 @@
 #include <lockstep/base/fs.h>
 
 #include "hosts.h"
+#include "secure_channel.h"
 
 namespace lockstep::launcher {
 namespace {
@@ -97,6 +98,7 @@ std::string make_in(const std::string& parent) {
 }
 
 void remove_records(const std::string& folder) {
+  ::unlink(rendezvous_path(folder).c_str());
   try {
     LaunchRecords(folder).remove();
   } catch (const IoError&) {  // somebody else's now; the next start has a folder of its own

@@ -5,6 +5,7 @@
 #include <bit>
 #include <cctype>
 #include <memory>
+#include <optional>
 #include <sstream>
 
 #include <arpa/inet.h>
@@ -60,6 +61,28 @@ bool sounds_secret(std::string name) {
     if (name.find(word) != std::string::npos) return true;
   }
   return false;
+}
+
+std::string text_of(in_addr address) {
+  std::array<char, INET_ADDRSTRLEN> text{};
+  ::inet_ntop(AF_INET, &address, text.data(), text.size());
+  return text.data();
+}
+
+std::optional<in_addr> own_address(const std::string& host) {
+  addrinfo hints{}, *found = nullptr;
+  hints.ai_family = AF_INET;
+  hints.ai_socktype = SOCK_DGRAM;
+  if (::getaddrinfo(host.c_str(), "9", &hints, &found) != 0) return std::nullopt;
+  const std::unique_ptr<addrinfo, void (*)(addrinfo*)> guard(found, &::freeaddrinfo);
+  // Connecting a datagram socket sends nothing; it only chooses the way.
+  const UniqueFd fd(::socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0));
+  sockaddr_in own{};
+  socklen_t size = sizeof(own);
+  if (!fd || ::connect(fd.get(), found->ai_addr, found->ai_addrlen) != 0 ||
+      ::getsockname(fd.get(), reinterpret_cast<sockaddr*>(&own), &size) != 0)
+    return std::nullopt;
+  return own.sin_addr;
 }
 
 }  // namespace
@@ -126,31 +149,22 @@ std::vector<std::string> remote_agent(const Environment& user, bool in_slurm) {
   return words;
 }
 
+std::string own_address_to(const std::string& host) {
+  const auto own = own_address(host);
+  return own ? text_of(*own) : "";
+}
+
 std::string network_to(const std::string& host) {
-  addrinfo hints{}, *found = nullptr;
-  hints.ai_family = AF_INET;
-  hints.ai_socktype = SOCK_DGRAM;
-  if (::getaddrinfo(host.c_str(), "9", &hints, &found) != 0) return "";
-  const std::unique_ptr<addrinfo, void (*)(addrinfo*)> guard(found, &::freeaddrinfo);
-  // Connecting a datagram socket sends nothing; it only chooses the way.
-  const UniqueFd fd(::socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0));
-  sockaddr_in own{};
-  socklen_t size = sizeof(own);
-  if (!fd || ::connect(fd.get(), found->ai_addr, found->ai_addrlen) != 0 ||
-      ::getsockname(fd.get(), reinterpret_cast<sockaddr*>(&own), &size) != 0)
-    return "";
+  const auto own = own_address(host);
   ifaddrs* interfaces = nullptr;
-  if (::getifaddrs(&interfaces) != 0) return "";
+  if (!own || ::getifaddrs(&interfaces) != 0) return "";
   const std::unique_ptr<ifaddrs, void (*)(ifaddrs*)> interfaces_guard(interfaces, &::freeifaddrs);
   for (const ifaddrs* one = interfaces; one; one = one->ifa_next) {
     if (!one->ifa_addr || !one->ifa_netmask || one->ifa_addr->sa_family != AF_INET) continue;
     const auto* address = reinterpret_cast<const sockaddr_in*>(one->ifa_addr);
-    if (address->sin_addr.s_addr != own.sin_addr.s_addr) continue;
+    if (address->sin_addr.s_addr != own->s_addr) continue;
     const uint32_t mask = reinterpret_cast<const sockaddr_in*>(one->ifa_netmask)->sin_addr.s_addr;
-    const in_addr network{own.sin_addr.s_addr & mask};
-    std::array<char, INET_ADDRSTRLEN> text{};
-    ::inet_ntop(AF_INET, &network, text.data(), text.size());
-    return std::string(text.data()) + "/" + std::to_string(std::popcount(mask));
+    return text_of({own->s_addr & mask}) + "/" + std::to_string(std::popcount(mask));
   }
   return "";
 }

@@ -37,7 +37,9 @@ std::vector<std::string> forwarded_variables(const char* const* environment);
 /// What runs a command on another host: plm_rsh_agent (4.1) or plm_ssh_agent (5) of the environment, else ssh.
 std::vector<std::string> remote_agent(const Environment& user, bool in_slurm);
 
-/// The network that leads to a host, as "10.77.0.0/24"; empty where nobody knows.
+/// This machine's address on the way to a host, as "10.77.0.254", and the network that leads there, as "10.77.0.0/24";
+/// empty where nobody knows.
+std::string own_address_to(const std::string& host);
 std::string network_to(const std::string& host);
 
 }  // namespace lockstep::launcher

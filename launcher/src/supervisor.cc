@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <iomanip>
 #include <iostream>
+#include <memory>
 #include <random>
 #include <sstream>
 
@@ -11,6 +12,7 @@
 #include <lockstep/base/error.h>
 #include <lockstep/base/fs.h>
 
+#include "cluster_watch.h"
 #include "job.h"
 #include "launch_folder.h"
 #include "open_mpi.h"
@@ -105,6 +107,7 @@ class Supervisor {
   std::optional<Placement> choose_placement() {
     std::vector<Host> hosts = plan_.hosts;
     std::erase_if(hosts, [&](const Host& host) { return is_excluded(host.name); });
+    leave_out_lost(hosts);
     // Slurm has just looked at the nodes of a new job itself.
     if (!plan_.on_this_machine && !(plan_.in_slurm && state_.starts == 0))
       hosts = answering(hosts, remote_agent(process_environment(), plan_.in_slurm), kAnswerSeconds);
@@ -114,6 +117,16 @@ class Supervisor {
     }
     slots_ = total_slots(hosts);
     return place(hosts, plan_.ranks, plan_.min_ranks, state_.refused);
+  }
+
+  /// Asking a host that has just fallen silent takes 5 s. It is asked again before the start after this one, or now
+  /// where the others are too few.
+  void leave_out_lost(std::vector<Host>& hosts) {
+    std::vector<Host> left = hosts;
+    std::erase_if(left,
+                  [&](const Host& host) { return std::find(lost_.begin(), lost_.end(), host.name) != lost_.end(); });
+    lost_.clear();
+    if (place(left, plan_.ranks, plan_.min_ranks, state_.refused)) hosts = std::move(left);
   }
 
   bool is_excluded(const std::string& name) const {
@@ -151,9 +164,19 @@ class Supervisor {
                             {"LOCKSTEP_JOB_START", std::to_string(state_.starts)}},
             .records = folder.records()};
     if (job.under_mpirun) prepare_mpirun(job, folder, placement);
+    // Agents on other hosts find it in the run directory that all see; without one they decide alone.
+    const std::unique_ptr<ClusterWatch> watch =
+        plan_.on_this_machine || plan_.run_dir.empty()
+            ? nullptr
+            : ClusterWatch::start(placement, folder.records().folder(), plan_.run_dir);
+    job.watch = watch.get();
     job.command.insert(job.command.end(), plan_.program.begin(), plan_.program.end());
     const int64_t killed_before = out_of_memory_kills();
     JobEnd end = run_job(job);
+    if (watch) {
+      watch->finish(end);
+      if (const auto& found = watch->finding() ? watch->finding() : watch->loss()) lost_ = found->lost_hosts;
+    }
     for (const pid_t pid : end_processes_of(folder.records().folder(), kEnds))
       say() << "process " << pid << " cannot be ended; is a disk or a device gone?" << std::endl;
     Verdict verdict = judge({.end = std::move(end),
@@ -162,7 +185,10 @@ class Supervisor {
                              .was_ready = job.records.is_ready(),
                              .done = job.records.done(),
                              .failures = job.records.failures(),
-                             .out_of_memory_kills = out_of_memory_kills() - killed_before});
+                             .out_of_memory_kills = out_of_memory_kills() - killed_before,
+                             .finding = watch ? watch->finding() : std::nullopt,
+                             .death = watch ? watch->death() : std::nullopt,
+                             .loss = watch ? watch->loss() : std::nullopt});
     return complete(std::move(verdict));
   }
 
@@ -249,7 +275,8 @@ class Supervisor {
   SupervisorState state_;
   RestartPolicy policy_;
   std::vector<std::string> first_failures_, missing_;
-  int64_t slots_ = 0;  // of the hosts that answered last
+  std::vector<std::string> lost_;  // found silent in the last start
+  int64_t slots_ = 0;              // of the hosts that answered last
 };
 
 }  // namespace

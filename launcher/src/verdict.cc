@@ -71,6 +71,27 @@ std::string say(const FailureRecord& record, bool with_host) {
   return record.signal != 0 ? who + " " + record.message + when : who + when + ": " + record.message;
 }
 
+// mpirun's "rank 3 died by signal 9" with what the agents know of rank 3.
+std::string say(const std::string& first_failure, const Finding& death) {
+  const flight::Verdict& verdict = death.verdict;
+  const std::string who = "rank " + std::to_string(verdict.culprits[0]);
+  if (!first_failure.starts_with(who + " died") || verdict.hosts.empty()) return first_failure;
+  return who + " on " + verdict.hosts[0] + first_failure.substr(who.size());
+}
+
+// The watch has ended the job: what mpirun then says is the consequence.
+Verdict verdict_of(const Finding& finding, const Evidence& evidence) {
+  Verdict verdict;
+  verdict.ending = {.exit_code = finding.exit_code,
+                    .cause = finding.cause,
+                    .was_asked = evidence.end.was_asked,
+                    .was_ready = evidence.was_ready,
+                    .signature = finding.exit_code == static_cast<int>(ExitCode::kHang) ? "a hang" : "",
+                    .step = finding.step};
+  verdict.first_failure = finding.verdict.message;
+  return verdict;
+}
+
 std::string signature_of(const Outcome& outcome, int signal, bool out_of_memory) {
   if (outcome.cause == Cause::kCrashed) return "signal " + std::to_string(signal);
   if (outcome.exit_code == static_cast<int>(ExitCode::kHang)) return "a hang";
@@ -81,6 +102,7 @@ std::string signature_of(const Outcome& outcome, int signal, bool out_of_memory)
 
 Verdict judge(const Evidence& evidence) {
   const JobEnd& end = evidence.end;
+  if (evidence.finding && end.was_ended_by_watch) return verdict_of(*evidence.finding, evidence);
   Outcome outcome = outcome_of_exit(evidence);
   Verdict verdict;
   if (outcome.exit_code == 0) return {{.was_asked = end.was_asked, .was_ready = evidence.was_ready}, std::nullopt};
@@ -91,8 +113,9 @@ Verdict judge(const Evidence& evidence) {
   int signal = WIFSIGNALED(end.status) ? WTERMSIG(end.status) : WEXITSTATUS(end.status) - 128;
   if (has_cause && root->signal != 0) signal = root->signal;
   const bool stopped = evidence.done == kRunAgain;  // the ranks were asked, by us or by the batch system
-  const bool out_of_memory =
-      outcome.cause == Cause::kKilled && evidence.out_of_memory_kills > 0 && !end.was_asked && !stopped;
+  // Where the host of the rank that died is known, its kernel counts; else this machine's.
+  const bool were_some_killed = evidence.death ? evidence.death->is_out_of_memory : evidence.out_of_memory_kills > 0;
+  const bool out_of_memory = outcome.cause == Cause::kKilled && were_some_killed && !end.was_asked && !stopped;
   verdict.ending = {.exit_code = outcome.exit_code,
                     .cause = outcome.cause,
                     .was_asked = end.was_asked || (stopped && outcome.exit_code == kRunAgain),
@@ -107,10 +130,18 @@ Verdict judge(const Evidence& evidence) {
     verdict.first_failure = "the program died by signal " + std::to_string(signal) + " (" + signal_name(signal) + ")";
   } else if (!verdict.first_failure && outcome.cause == Cause::kLostHost) {
     verdict.first_failure = "a host or the connection to it is gone; mpirun ended before the ranks said they were done";
+    if (evidence.loss) verdict.first_failure = evidence.loss->verdict.message;
+  } else if (!verdict.first_failure && evidence.death) {
+    verdict.first_failure = evidence.death->verdict.message;
   }
-  if (out_of_memory)
-    verdict.first_failure = verdict.first_failure.value_or("a rank was killed") +
-                            "; the kernel ended a process of this machine for want of memory meanwhile";
+  if (evidence.death && verdict.first_failure) verdict.first_failure = say(*verdict.first_failure, *evidence.death);
+  if (out_of_memory) {
+    const std::string where = evidence.death && !evidence.death->verdict.hosts.empty()
+                                  ? "host " + evidence.death->verdict.hosts[0]
+                                  : "this machine";
+    verdict.first_failure = verdict.first_failure.value_or("a rank was killed") + "; the kernel ended a process of " +
+                            where + " for want of memory meanwhile";
+  }
   return verdict;
 }
 

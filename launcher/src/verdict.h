@@ -7,6 +7,7 @@
 #include <lockstep/base/launch_records.h>
 
 #include "job.h"
+#include "node_watch.h"
 #include "restart_policy.h"
 
 namespace lockstep::launcher {
@@ -20,6 +21,9 @@ struct Evidence {
   std::optional<int> done;              ///< what the ranks said when they closed the world
   std::vector<FailureRecord> failures;  ///< what those that failed said
   int64_t out_of_memory_kills = 0;      ///< by the kernel, on this machine, meanwhile
+  std::optional<Finding> finding{};     ///< of the watch, where it ended the job
+  std::optional<Finding> death{};       ///< of a rank, as the watch saw it, where mpirun ended the job
+  std::optional<Finding> loss{};        ///< of a host, so
 };
 
 struct Verdict {

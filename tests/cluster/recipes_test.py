@@ -74,7 +74,7 @@ def check_spack():
     for path in recipe.parents[1].rglob("*.py"):
         ast.parse(path.read_text(), str(path))
     libraries = {re.sub(r"^lib(google-)?|3?-dev$|2?-dev$", "", package) for package in packages() if package.endswith("-dev")}
-    renamed = {"perftools": "gperftools", "isal": "isa-l", "openmpi": "mpi", "zlib1g": "zlib-api", "nlohmann-json": "nlohmann-json", "pcre": "pcre2"}
+    renamed = {"perftools": "gperftools", "isal": "isa-l", "openmpi": "mpi", "zlib1g": "zlib-api", "nlohmann-json": "nlohmann-json", "pcre": "pcre2", "sodium": "libsodium"}
     missing = {renamed.get(library, library) for library in libraries} - set(re.findall(r'"([a-z0-9-]+)"', recipe.read_text()))
     assert not missing, f"{recipe} does without {sorted(missing)} of cmake/packages-runtime.txt"
     print(f"ok: Spack, {len(libraries)} libraries")

@@ -10,6 +10,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "../../launcher/src/secure_channel.h"
 #include "../runtime/base/temp_dir.h"
 
 namespace lockstep::launcher {
@@ -38,6 +39,7 @@ TEST_F(LaunchFolderTest, IsOursAloneAndLeavesNothing) {
     for (const std::string& path : {folder.records().folder(), session, shared_memory})
       EXPECT_EQ(mode_of(path), files::perms::owner_all) << path;
     folder.records().say_ready();
+    write_rendezvous(folder.records().folder(), {"127.0.0.1", 99, Token::random()});
     std::ofstream(session + "/socket") << "x";
     std::ofstream(shared_memory + "/segment") << "x";
   }

@@ -109,5 +109,10 @@ TEST(OpenMpi, TheNetworkOfAHostIsFound) {
   EXPECT_EQ(network_to("no.such.host.invalid"), "");
 }
 
+TEST(OwnAddressTo, IsTheOneThatLeadsThere) {
+  EXPECT_EQ(own_address_to("127.0.0.1"), "127.0.0.1");
+  EXPECT_EQ(own_address_to("no such host"), "");
+}
+
 }  // namespace
 }  // namespace lockstep::launcher

@@ -113,5 +113,57 @@ TEST(Verdict, RanksThatWereEndedAfterTheGraceCountAsStopped) {
   EXPECT_TRUE(verdict.ending.was_asked);
 }
 
+Finding finding(int exit_code, Cause cause, const std::string& message,
+                const std::vector<std::string>& hosts = {"n3"}) {
+  return {.exit_code = exit_code,
+          .cause = cause,
+          .verdict = {.culprits = {2}, .hosts = hosts, .message = message},
+          .step = 12};
+}
+
+TEST(Verdict, WhatTheWatchFoundIsTheCauseAndNotWhatMpirunSaysWhenItIsEnded) {
+  Evidence evidence = under_mpirun(exited(0), "mpirun: daemon has unexpectedly failed\n");
+  evidence.on_several_hosts = true;
+  evidence.end.was_ended_by_watch = true;
+  evidence.finding = finding(76, Cause::kThrown, "rank 2 (host n3, pid 7) is stopped");
+  Verdict verdict = judge(evidence);
+  EXPECT_EQ(verdict.ending.exit_code, 76);
+  EXPECT_EQ(verdict.ending.signature, "a hang");
+  EXPECT_EQ(verdict.ending.step, 12);
+  EXPECT_EQ(verdict.first_failure, "rank 2 (host n3, pid 7) is stopped");
+  evidence.finding = finding(75, Cause::kLostHost, "host n3 is silent");
+  verdict = judge(evidence);
+  EXPECT_EQ(verdict.ending.exit_code, 75);
+  EXPECT_EQ(verdict.ending.cause, Cause::kLostHost);
+  EXPECT_EQ(verdict.ending.signature, "") << "a host that is lost twice says nothing";
+  evidence.end.was_ended_by_watch = false;  // it ended by itself, just before
+  EXPECT_EQ(judge(evidence).first_failure.value_or("").find("host n3"), std::string::npos);
+}
+
+TEST(Verdict, ADeadRankHasItsHostAndThatHostsKernelCounts) {
+  const std::string said = "mpirun noticed that process rank 2 with PID 7 on node n3 exited on signal 9 (Killed).\n";
+  Evidence evidence = under_mpirun(exited(137), said);
+  evidence.on_several_hosts = true;
+  evidence.death = finding(75, Cause::kKilled, "rank 2 (host n3, pid 7) is gone");
+  evidence.out_of_memory_kills = 1;  // of this machine, where rank 2 is not
+  EXPECT_EQ(judge(evidence).first_failure, "rank 2 on n3 died by signal 9 (Killed)");
+  EXPECT_EQ(judge(evidence).ending.signature, "");
+  evidence.death->is_out_of_memory = true;
+  EXPECT_EQ(
+      judge(evidence).first_failure,
+      "rank 2 on n3 died by signal 9 (Killed); the kernel ended a process of host n3 for want of memory meanwhile");
+  EXPECT_EQ(judge(evidence).ending.signature, "out of memory");
+  EXPECT_EQ(evidence.end.scan.dead_rank(), 2);
+  EXPECT_EQ(under_mpirun(exited(1)).end.scan.dead_rank(), std::nullopt);
+}
+
+TEST(Verdict, AHostThatMpirunLostIsNamedByTheWatch) {
+  Evidence evidence = under_mpirun(exited(205));
+  evidence.on_several_hosts = true;
+  EXPECT_THAT(judge(evidence).first_failure.value_or(""), HasSubstr("a host or the connection"));
+  evidence.loss = finding(75, Cause::kLostHost, "host n3 is silent");
+  EXPECT_EQ(judge(evidence).first_failure, "host n3 is silent");
+}
+
 }  // namespace
 }  // namespace lockstep::launcher

@@ -75,6 +75,45 @@ RunHistory read_history(Fs& fs, const std::string& run_dir) {
   return history;
 }
 
+namespace {
+
+std::vector<std::string> hang_records(Fs& fs, const std::string& run_dir) {
+  std::vector<std::string> names;
+  try {
+    names = fs.list_directory(run_dir);
+  } catch (const IoError&) {  // no reason not to train
+  }
+  std::erase_if(names, [](const std::string& name) { return !name.starts_with("hang-") || !name.ends_with(".json"); });
+  return names;
+}
+
+}  // namespace
+
+std::vector<std::string> new_hangs(Fs& fs, const std::string& run_dir) {
+  constexpr uint64_t kMaxBytes = 1 << 20;
+  const std::vector<std::string> records = hang_records(fs, run_dir);
+  if (records.empty()) return {};
+  std::set<std::string> known;
+  for (const std::string& line : metrics::read_ledger(fs, run_dir + "/ledger.jsonl")) {
+    const auto event = nlohmann::json::parse(line);
+    if (event.value("event", "") == "hang") known.insert(event.value("record", ""));
+  }
+  std::vector<std::string> events;
+  for (const std::string& name : records) {
+    if (known.contains(name)) continue;
+    try {
+      const auto verdict = nlohmann::ordered_json::parse(read_text(fs, run_dir + "/" + name, kMaxBytes));
+      nlohmann::ordered_json event = {{"record", name}};
+      for (const char* key : {"cause", "culprits", "hosts", "group", "sequence", "op", "message"})
+        event[key] = verdict.at(key);
+      events.push_back(event.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace));
+    } catch (const nlohmann::json::exception&) {  // somebody else's
+    } catch (const Error&) {
+    }
+  }
+  return events;
+}
+
 std::string config_difference(const std::string& was_json, const std::string& now_json,
                               const std::vector<std::string>& accepted) {
   const auto was = nlohmann::json::parse(was_json), now = nlohmann::json::parse(now_json);

@@ -26,6 +26,12 @@ struct RunHistory {
 /// @throws CorruptData the ledger's chain is broken.
 RunHistory read_history(Fs& fs, const std::string& run_dir);
 
+/// The verdicts of the hang watchdog (RUN_DIR/hang-*.json) that the ledger does not have yet, as fields of a "hang"
+/// event each. The ledger has one writer, so those who write verdicts leave them to the next start. Files that are no
+/// verdicts are passed over.
+/// @throws CorruptData the ledger's chain is broken.
+std::vector<std::string> new_hangs(Fs& fs, const std::string& run_dir);
+
 /// The keys in which two configurations differ, one "key: was A, now B" each, leaving out accepted ones.
 std::string config_difference(const std::string& was_json, const std::string& now_json,
                               const std::vector<std::string>& accepted);

@@ -214,6 +214,7 @@ void Trainer::take_run() {
                                                      .durable_step = saved_step_,
                                                      .patience = options_.runtime.collective_timeout},
                                    epoch_);
+  for (const std::string& hang : new_hangs(fs_, options_.run_dir)) watch_->ledger.append("hang", hang);
   watch_->ledger.append(result_.resumed_from < 0 ? "start" : "resume", record.dump());
   store_->as_owner([&] {
     watch_->ledger.publish();

@@ -1,6 +1,7 @@
-// The Trainer's own parts: lanes, the packed exchange, the heartbeat.
+// The Trainer's own parts: lanes, the packed exchange, the heartbeat, what the watchdog left.
 #include <atomic>
 #include <chrono>
+#include <fstream>
 #include <set>
 #include <thread>
 
@@ -12,10 +13,12 @@
 #include <lockstep/base/fs.h>
 #include <lockstep/checkpoint/checkpoint.h>
 #include <lockstep/collectives/local_group.h>
+#include <lockstep/metrics/run_log.h>
 
 #include "../base/temp_dir.h"
 #include "heartbeat.h"
 #include "lanes.h"
+#include "run_directory.h"
 #include "save_interval.h"
 #include "step_exchange.h"
 
@@ -162,6 +165,31 @@ TEST(HeartbeatTest, StorageThatFailsDoesNotEndTheProcess) {
     while (asked == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
   EXPECT_EQ(asked, 1);
+}
+
+TEST(NewHangsTest, EachVerdictComesIntoTheLedgerOnce) {
+  const TempDir dir;
+  EXPECT_TRUE(new_hangs(real_fs(), dir / "not there").empty());
+  const auto write = [&](const std::string& name, const std::string& text) { std::ofstream(dir / name) << text; };
+  write(
+      "hang-20261127T190000Z-n1.json",
+      R"({"cause":"gone","culprits":[2],"hosts":["n3"],"group":"world","sequence":7,"op":"all_reduce","message":"rank 2"})");
+  write("hang-20261127T190001Z-n1.json", "{}");     // somebody else's
+  write("hang-20261127T190002Z-n1.json", "{\"ca");  // torn
+  write("hang-20261127T190003Z-n1.json.new", "{}");
+  const std::vector<std::string> events = new_hangs(real_fs(), dir.path());
+  ASSERT_EQ(events.size(), 1U);
+  EXPECT_EQ(events[0],
+            R"({"record":"hang-20261127T190000Z-n1.json","cause":"gone","culprits":[2],"hosts":["n3"],"group":"world",)"
+            R"("sequence":7,"op":"all_reduce","message":"rank 2"})");
+  {
+    metrics::Ledger ledger(real_fs(), dir / "ledger.jsonl", 1);
+    ledger.append("hang", events[0]);
+    ledger.append("start", R"({"epoch":1,"step":0})");
+    ledger.publish();
+  }
+  EXPECT_TRUE(new_hangs(real_fs(), dir.path()).empty());
+  EXPECT_EQ(metrics::verify_ledger(real_fs(), dir / "ledger.jsonl"), 2);
 }
 
 }  // namespace

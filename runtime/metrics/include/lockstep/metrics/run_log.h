@@ -73,7 +73,7 @@ class Ledger {
   Ledger(Fs& fs, const std::string& path, uint64_t epoch);
   void publish();
   /// `fields_json`: a JSON object merged into the line. Events: start, resume, durable, skipped, preempted,
-  /// replica_fault, end.
+  /// replica_fault, hang (of the start before), end.
   /// @throws IoError. The next call writes the event too, so a disk that was full for a while costs none.
   void append(const std::string& event, const std::string& fields_json);
   ~Ledger();

@@ -16,7 +16,7 @@ class Lockstep(CMakePackage):
     depends_on("cmake@3.25:", type="build")
     depends_on("mpi")
     depends_on("py-torch@2.11.0", type=("build", "link", "run"))  # its LibTorch
-    for library in ("gflags", "glog", "gperftools", "isa-l", "nlohmann-json", "pcre2", "protozero", "sentencepiece", "xxhash", "zlib-api"):
+    for library in ("gflags", "glog", "gperftools", "isa-l", "libsodium", "nlohmann-json", "pcre2", "protozero", "sentencepiece", "xxhash", "zlib-api"):
         depends_on(library)
 
     def cmake_args(self):
