@@ -31,11 +31,11 @@ class ClusterWatch : public JobWatch {
   /// The job is over: tells the agents so, and hears them out for a moment if a rank has died or a host is lost.
   void finish(const JobEnd& end);
   /// Why this watch ended the job.
-  const std::optional<Finding>& finding() const { return watch_.finding(); }
+  const std::optional<ClusterFinding>& finding() const { return watch_.finding(); }
   /// Who died, where mpirun ended the job because of it. After finish().
-  const std::optional<Finding>& death() const { return death_; }
+  const std::optional<ClusterFinding>& death() const { return death_; }
   /// Which hosts do not answer, where mpirun ended the job because of one. After finish().
-  const std::optional<Finding>& loss() const { return loss_; }
+  const std::optional<ClusterFinding>& loss() const { return loss_; }
 
  private:
   using Clock = SecureChannel::Clock;
@@ -54,7 +54,7 @@ class ClusterWatch : public JobWatch {
   std::map<uint64_t, size_t> node_of_agent_;
   std::map<size_t, uint64_t> agent_of_node_;
   bool is_over_ = false, has_told_of_strangers_ = false;
-  std::optional<Finding> death_, loss_;
+  std::optional<ClusterFinding> death_, loss_;
 };
 
 }  // namespace lockstep::launcher

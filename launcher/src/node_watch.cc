@@ -210,7 +210,7 @@ bool NodeWatch::find_lost(Clock::time_point now) {
   return true;
 }
 
-std::optional<Finding> NodeWatch::loss(Clock::time_point now) const {
+std::optional<ClusterFinding> NodeWatch::loss(Clock::time_point now) const {
   std::vector<const State*> lost;
   for (const State& node : nodes_) {
     if (node.was_heard && !node.has_ended && node.answered < asked_) lost.push_back(&node);
@@ -218,7 +218,7 @@ std::optional<Finding> NodeWatch::loss(Clock::time_point now) const {
   return finding_ || lost.empty() ? std::nullopt : std::optional(loss_of(lost, now));
 }
 
-Finding NodeWatch::loss_of(const std::vector<const State*>& lost, Clock::time_point now) const {
+ClusterFinding NodeWatch::loss_of(const std::vector<const State*>& lost, Clock::time_point now) const {
   std::vector<NodeReport> nodes = view(now);
   Verdict verdict{.cause = FlightCause::kAllArrived};
   Clock::time_point heard = now;
@@ -243,7 +243,7 @@ Finding NodeWatch::loss_of(const std::vector<const State*>& lost, Clock::time_po
                       ". Mend: see whether the host is up and its network works. Run the same command " +
                       "again to go on from the last checkpoint.";
   }
-  Finding finding = finding_of(std::move(verdict), std::move(nodes), static_cast<int>(ExitCode::kRunAgain));
+  ClusterFinding finding = finding_of(std::move(verdict), std::move(nodes), static_cast<int>(ExitCode::kRunAgain));
   finding.cause = Cause::kLostHost;
   const auto speaks = [&](const State& node) {
     return node.was_heard && std::find(lost.begin(), lost.end(), &node) == lost.end();
@@ -330,8 +330,8 @@ void NodeWatch::conclude() {
   finding_ = finding_of(std::move(verdict), std::move(nodes), static_cast<int>(ExitCode::kHang));
 }
 
-Finding NodeWatch::finding_of(Verdict verdict, std::vector<NodeReport> nodes, int exit_code) const {
-  Finding finding{.exit_code = exit_code, .verdict = std::move(verdict), .nodes = std::move(nodes)};
+ClusterFinding NodeWatch::finding_of(Verdict verdict, std::vector<NodeReport> nodes, int exit_code) const {
+  ClusterFinding finding{.exit_code = exit_code, .verdict = std::move(verdict), .nodes = std::move(nodes)};
   for (const NodeReport& node : finding.nodes) {
     for (const RankReport& rank : node.ranks) {
       const bool is_first = !finding.verdict.culprits.empty() && rank.rank == finding.verdict.culprits[0];
@@ -341,9 +341,9 @@ Finding NodeWatch::finding_of(Verdict verdict, std::vector<NodeReport> nodes, in
   return finding;
 }
 
-std::optional<Finding> NodeWatch::death(std::optional<int32_t> rank) const {
+std::optional<ClusterFinding> NodeWatch::death(std::optional<int32_t> rank) const {
   if (finding_ || has_spoken_ || first_dead_.empty()) return std::nullopt;
-  Finding finding;
+  ClusterFinding finding;
   if (death_ && (!rank || contains(death_->first.culprits, *rank))) {
     finding = finding_of(death_->first, death_->second, static_cast<int>(ExitCode::kRunAgain));
   } else {  // it went too fast to ask, or another one was the first

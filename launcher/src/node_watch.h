@@ -15,7 +15,7 @@
 namespace lockstep::launcher {
 
 /// Why a job has to end, or ended, as seen by the agents of all its nodes.
-struct Finding {
+struct ClusterFinding {
   int exit_code = 0;  ///< 76: it hangs; 75: a host is lost, or a rank died
   Cause cause = Cause::kThrown;
   flight::Verdict verdict;                ///< its message is what people read
@@ -53,15 +53,15 @@ class NodeWatch {
   /// What to ask of which nodes now. To be called ten times a second, and after each message.
   std::vector<std::pair<size_t, Ask>> look(Clock::time_point now);
   /// Set once; nothing changes any more then.
-  const std::optional<Finding>& finding() const { return finding_; }
+  const std::optional<ClusterFinding>& finding() const { return finding_; }
   /// A rank that died, if one did and none said why: for the record, as mpirun ends the job then.
   /// @param rank that mpirun names, if it does: agents of several hosts cannot know which of two died first.
-  std::optional<Finding> death(std::optional<int32_t> rank) const;
+  std::optional<ClusterFinding> death(std::optional<int32_t> rank) const;
   /// Asks all nodes once more, where mpirun has ended the job because a host is lost; those that did not answer when
   /// have_answered(), or the caller's patience is over, are.
   std::vector<std::pair<size_t, Ask>> ask(Clock::time_point now);
   bool have_answered() const;
-  std::optional<Finding> loss(Clock::time_point now) const;
+  std::optional<ClusterFinding> loss(Clock::time_point now) const;
 
  private:
   struct State {
@@ -84,9 +84,9 @@ class NodeWatch {
   void conclude();
   /// What the nodes said that answered the last ask; the others are silent.
   std::vector<flight::NodeReport> view(Clock::time_point now) const;
-  Finding loss_of(const std::vector<const State*>& lost, Clock::time_point now) const;
+  ClusterFinding loss_of(const std::vector<const State*>& lost, Clock::time_point now) const;
   flight::NodeReport placeholder(const State& node, Clock::time_point now) const;
-  Finding finding_of(flight::Verdict verdict, std::vector<flight::NodeReport> nodes, int exit_code) const;
+  ClusterFinding finding_of(flight::Verdict verdict, std::vector<flight::NodeReport> nodes, int exit_code) const;
 
   std::vector<State> nodes_;
   Phase phase_ = Phase::kCalm;
@@ -100,7 +100,7 @@ class NodeWatch {
   flight::Verdict first_;
   std::vector<flight::NodeReport> first_view_;
   std::optional<std::pair<flight::Verdict, std::vector<flight::NodeReport>>> death_;
-  std::optional<Finding> finding_;
+  std::optional<ClusterFinding> finding_;
 };
 
 }  // namespace lockstep::launcher

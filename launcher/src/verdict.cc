@@ -72,7 +72,7 @@ std::string say(const FailureRecord& record, bool with_host) {
 }
 
 // mpirun's "rank 3 died by signal 9" with what the agents know of rank 3.
-std::string say(const std::string& first_failure, const Finding& death) {
+std::string say(const std::string& first_failure, const ClusterFinding& death) {
   const flight::Verdict& verdict = death.verdict;
   const std::string who = "rank " + std::to_string(verdict.culprits[0]);
   if (!first_failure.starts_with(who + " died") || verdict.hosts.empty()) return first_failure;
@@ -80,7 +80,7 @@ std::string say(const std::string& first_failure, const Finding& death) {
 }
 
 // The watch has ended the job: what mpirun then says is the consequence.
-Verdict verdict_of(const Finding& finding, const Evidence& evidence) {
+Verdict verdict_of(const ClusterFinding& finding, const Evidence& evidence) {
   Verdict verdict;
   verdict.ending = {.exit_code = finding.exit_code,
                     .cause = finding.cause,

@@ -18,12 +18,12 @@ struct Evidence {
   bool under_mpirun = false;
   bool on_several_hosts = false;
   bool was_ready = false;
-  std::optional<int> done;              ///< what the ranks said when they closed the world
-  std::vector<FailureRecord> failures;  ///< what those that failed said
-  int64_t out_of_memory_kills = 0;      ///< by the kernel, on this machine, meanwhile
-  std::optional<Finding> finding{};     ///< of the watch, where it ended the job
-  std::optional<Finding> death{};       ///< of a rank, as the watch saw it, where mpirun ended the job
-  std::optional<Finding> loss{};        ///< of a host, so
+  std::optional<int> done;                  ///< what the ranks said when they closed the world
+  std::vector<FailureRecord> failures;      ///< what those that failed said
+  int64_t out_of_memory_kills = 0;          ///< by the kernel, on this machine, meanwhile
+  std::optional<ClusterFinding> finding{};  ///< of the watch, where it ended the job
+  std::optional<ClusterFinding> death{};    ///< of a rank, as the watch saw it, where mpirun ended the job
+  std::optional<ClusterFinding> loss{};     ///< of a host, so
 };
 
 struct Verdict {

@@ -57,7 +57,7 @@ class Cluster {
   void kill(int rank) { world.kill(rank); }
   void pause_supervisor(double seconds) { skew_ += seconds; }
   int64_t asks() const { return asks_; }
-  const std::optional<Finding>& finding() const { return watch_.finding(); }
+  const std::optional<ClusterFinding>& finding() const { return watch_.finding(); }
   NodeWatch& watch() { return watch_; }
   NodeWatch::Clock::time_point now() const { return at(world.now() + skew_); }
 
@@ -162,7 +162,7 @@ TEST(NodeWatch, AStoppedRankOfAnotherNodeIsNamedWithinTheTimeoutAndASecond) {
     const double took = cluster.run(10);
     ASSERT_GT(took, 0);
     EXPECT_LE(took, kT + 1);
-    const Finding& finding = *cluster.finding();
+    const ClusterFinding& finding = *cluster.finding();
     EXPECT_EQ(finding.exit_code, 76);
     EXPECT_EQ(finding.verdict.cause, FlightCause::kNeverArrived);
     EXPECT_THAT(finding.verdict.culprits, ElementsAre(rank));
@@ -209,7 +209,7 @@ TEST(NodeWatch, ASilentNodeIsALostHost) {
     ASSERT_GT(took, 0);
     EXPECT_LE(took, kT + 1);
     EXPECT_GE(took, kT - 0.6) << "a heartbeat earlier at most";
-    const Finding& finding = *cluster.finding();
+    const ClusterFinding& finding = *cluster.finding();
     const std::string host = "n" + std::to_string(node);
     EXPECT_EQ(finding.exit_code, 75);
     EXPECT_EQ(finding.cause, Cause::kLostHost);

@@ -113,8 +113,8 @@ TEST(Verdict, RanksThatWereEndedAfterTheGraceCountAsStopped) {
   EXPECT_TRUE(verdict.ending.was_asked);
 }
 
-Finding finding(int exit_code, Cause cause, const std::string& message,
-                const std::vector<std::string>& hosts = {"n3"}) {
+ClusterFinding finding(int exit_code, Cause cause, const std::string& message,
+                       const std::vector<std::string>& hosts = {"n3"}) {
   return {.exit_code = exit_code,
           .cause = cause,
           .verdict = {.culprits = {2}, .hosts = hosts, .message = message},
