@@ -147,6 +147,7 @@ void SecureChannel::write(Clock::time_point now) {
     }
     if (errno == EINTR) continue;
     if (errno == EAGAIN || errno == ENOTCONN) return;  // ENOTCONN: not connected yet
+    if (is_open()) return output_.clear();  // what the peer said before it went is still to be read, and so is its end
     return end(std::strerror(errno));
   }
 }

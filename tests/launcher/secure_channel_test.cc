@@ -144,6 +144,23 @@ TEST(SecureChannel, CarriesBodiesBothWaysWholeAndInOrder) {
   EXPECT_THROW(joined.client.send("", joined.now), std::logic_error);
 }
 
+TEST(SecureChannel, LastWordsAreHeardThoughNothingCanBeSaidToTheOneThatWent) {
+  Joined joined;
+  joined.open();
+  joined.client.send("last report", joined.now);
+  joined.client.send("bye", joined.now);
+  joined.client.advance(joined.now);
+  put(joined.server_wire.get(), received(joined.client_wire.get()));
+  joined.server_wire.reset();
+  joined.server.send("a question", joined.now);
+  joined.server.advance(joined.now);
+  EXPECT_EQ(joined.server.next(), "last report");
+  joined.server.advance(joined.now);
+  EXPECT_EQ(joined.server.next(), "bye");
+  joined.server.advance(joined.now);
+  EXPECT_TRUE(joined.server.is_over() && !joined.server.is_stranger());
+}
+
 TEST(SecureChannel, TheTokenNeverCrossesTheWire) {
   const Token token = token_of('7');
   const std::string bytes(reinterpret_cast<const char*>(token.data()), Token::kBytes);
