@@ -2,31 +2,25 @@
 silent, one comes back, and the host of rank 0 crashes: each time the job goes on by itself in the largest world of the hosts that are left, and it ends
 with the bits of one process that was left alone. Needs root."""
 
+import functools
 import os
 import pathlib
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "support"))
+import machines
 import runs
 
-HOSTS_SH = pathlib.Path(__file__).parents[2] / "cluster" / "lab" / "hosts.sh"
 STEPS = 400
 FLAGS = [f"--steps={STEPS}", "--checkpoint_interval_steps=3", "--keep_checkpoints=1000", "--eval_interval_steps=0", "--layers=2", "--width=48", "--heads=3", "--sequence_length=64",
          "--global_batch_size=32", "--micro_batch_size=4", "--warmup_steps=5", "--log_interval_steps=1"]
 
 
-def lab(*words):
-    done = subprocess.run([str(HOSTS_SH), *words], capture_output=True, text=True, env={**os.environ, "SLOTS": "1"})
-    if done.returncode == 77:
-        print(f"SKIPPED: lost_hosts: {done.stderr.strip()}")
-        sys.exit(77)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+lab = functools.partial(machines.lab, "lost_hosts")
 
 
 def disturb(job, run_dir, what, deed, expected_map, limit_s):
@@ -54,7 +48,7 @@ def main():
             runs.run(bin_dir, "gpt", 1, folder / "alone", flags)
             run_dir = folder / "run"
             words = runs.command(bin_dir, "gpt", 4, run_dir, flags, ["--hostfile", f"{home}/hostfile", "--min_ranks=2", "--restarts=10"])
-            job = runs.Job([str(HOSTS_SH), "exec", home, "head", *words], OMPI_MCA_plm_rsh_agent=f"{home}/rsh")
+            job = runs.Job([str(machines.HOSTS_SH), "exec", home, "head", *words], OMPI_MCA_plm_rsh_agent=f"{home}/rsh")
             try:
                 kill = lambda: os.kill(random.choice(runs.processes_of(run_dir, "gpt")), signal.SIGKILL)
                 disturb(job, run_dir, "a rank is killed", kill, "ranks 0 on n1, 1 on n2, 2 on n3, 3 on n4", 20)

@@ -3,21 +3,22 @@ of memory, and hosts are cut off and crash. Each must be found within T and a se
 rank or host that is at fault; the job goes on by itself and ends with the bits of one process that was left alone. 10 faults, 40 with LOCKSTEP_DEEP.
 Needs root, and a memory control group for one of the faults."""
 
+import contextlib
+import functools
 import json
 import os
 import pathlib
 import random
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "support"))
+import machines
 import runs
 
-HOSTS_SH = pathlib.Path(__file__).parents[2] / "cluster" / "lab" / "hosts.sh"
 FAULTS = 40 if os.environ.get("LOCKSTEP_DEEP") == "1" else 10
 SEED = int(os.environ.get("SEED", "7"))
 T = 3.0
@@ -27,34 +28,7 @@ FLAGS = ["--checkpoint_interval_steps=3", "--keep_checkpoints=1000", "--eval_int
          "--global_batch_size=32", "--micro_batch_size=4", "--warmup_steps=5", "--log_interval_steps=1"]
 
 
-def lab(*words):
-    done = subprocess.run([str(HOSTS_SH), *words], capture_output=True, text=True, env={**os.environ, "SLOTS": "1"})
-    if done.returncode == 77:
-        print(f"SKIPPED: node_faults: {done.stderr.strip()}")
-        sys.exit(77)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-class SmallMemory:
-    """A control group of version 1 or 2: what a process allocates once it is in it is more than it may."""
-
-    def __init__(self):
-        one, two = pathlib.Path("/sys/fs/cgroup/memory"), pathlib.Path("/sys/fs/cgroup")
-        self.path = (one if one.is_dir() else two) / f"lockstep-test-{os.getpid()}"
-        self.limit = self.path / ("memory.limit_in_bytes" if one.is_dir() else "memory.max")
-        self.path.mkdir()
-        self.limit.write_text(str(256 << 10))
-
-    def add(self, pid):
-        (self.path / "cgroup.procs").write_text(str(pid))
-
-    def remove(self):
-        for _ in range(200):
-            try:
-                return self.path.rmdir()
-            except OSError:  # what was in it still ends
-                time.sleep(0.02)
+lab = functools.partial(machines.lab, "node_faults")
 
 
 def ranks_of(run_dir):
@@ -99,7 +73,7 @@ class Faults:
         secret = token.read_text().split()[-1]
         assert len(secret) == 64 and secret not in self.job.said(), "the token is in the log"
         at = time.monotonic()
-        {"stop": lambda: os.kill(pid, signal.SIGSTOP), "kill": lambda: os.kill(pid, signal.SIGKILL), "memory": lambda: self.memory.add(pid),
+        {"stop": lambda: os.kill(pid, signal.SIGSTOP), "kill": lambda: os.kill(pid, signal.SIGKILL), "memory": lambda: self.memory.join(pid),
          "cut": lambda: lab("cut", self.home, host), "crash": lambda: lab("crash", self.home, host)}[kind]()
         name = f"{kind} of rank {rank} on {host} in a world of {len(places)}"
         said = {"stop": rf"^lockstep: rank {rank} \(host {host}, pid \d+\) is stopped", "kill": rf"^lockstep: first failure: rank {rank} on {host} died by signal 9",
@@ -134,21 +108,18 @@ def main():
     bin_dir = pathlib.Path(sys.argv[1])
     generator = random.Random(SEED)
     kinds = ["stop", "cut", "kill", "crash", "memory"]
-    with tempfile.TemporaryDirectory() as folder:
+    if why := machines.why_no_memory_limit():
+        print(f"SKIPPED: node_faults memory: {why}")
+        kinds.remove("memory")
+    with contextlib.nullcontext() if why else machines.MemoryLimit(256 << 10) as memory, tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         runs.write_tokens(folder / "train.bin", 40_000)
         flags = [f"--train_data={folder / 'train.bin'}", f"--steps={STEPS_A_FAULT * FAULTS}", *FLAGS]
         home = lab("up", "4")
-        memory = None
         try:
-            try:
-                memory = SmallMemory()
-            except OSError as error:
-                print(f"no memory control group here: {error}")
-                kinds.remove("memory")
             run_dir = folder / "run"
             words = runs.command(bin_dir, "gpt", 4, run_dir, [*flags, f"--hang_timeout_s={T}"], ["--hostfile", f"{home}/hostfile", "--min_ranks=2", "--restarts=10"])
-            job = runs.Job([str(HOSTS_SH), "exec", home, "head", *words], OMPI_MCA_plm_rsh_agent=f"{home}/rsh")
+            job = runs.Job([str(machines.HOSTS_SH), "exec", home, "head", *words], OMPI_MCA_plm_rsh_agent=f"{home}/rsh")
             try:
                 faults, at = Faults(home, run_dir, job, memory), 0.0
                 for number in range(FAULTS):
@@ -170,8 +141,6 @@ def main():
                 late = [seconds for seconds in took if seconds > T + 1]
                 assert not late, f"{kind}: found after {late} s, later than {T + 1} s"
         finally:
-            if memory:
-                memory.remove()
             lab("down", home)
 
 

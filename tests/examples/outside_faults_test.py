@@ -9,6 +9,7 @@ import sys
 import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "support"))
+import machines
 import runs
 
 SMALL = ["--layers=1", "--width=32", "--heads=2", "--sequence_length=32", "--global_batch_size=8", "--micro_batch_size=1", "--eval_interval_steps=0"]
@@ -22,32 +23,10 @@ def started(words, **options):
     return done.returncode, done.stdout + done.stderr
 
 
-class MemoryLimit:
-    """A control group of version 1 or 2 with so many bytes; a process joins it before it becomes the job."""
-
-    def __init__(self, bytes):
-        one, two = pathlib.Path("/sys/fs/cgroup/memory"), pathlib.Path("/sys/fs/cgroup")
-        base, self.limits = (one, ["memory.limit_in_bytes", "memory.memsw.limit_in_bytes"]) if one.is_dir() else (two, ["memory.max", "memory.swap.max"])
-        self.path = base / f"lockstep-test-{os.getpid()}"
-        self.path.mkdir()
-        (self.path / self.limits[0]).write_text(str(bytes))
-        if (self.path / self.limits[1]).exists():
-            (self.path / self.limits[1]).write_text(str(bytes if one.is_dir() else 0))
-
-    def join(self):
-        (self.path / "cgroup.procs").write_text(str(os.getpid()))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.path.rmdir()
-
-
 def out_of_memory(bin_dir, folder, data):
     for number, (ranks, mib) in enumerate(((1, 400), (2, 600), (2, 900), (3, 900), (4, 1200))):
         words = runs.command(bin_dir, "gpt", ranks, folder / f"memory-{number}", [data, "--steps=3", *LARGE], ["--restarts=3"])
-        with MemoryLimit(mib << 20) as limit:
+        with machines.MemoryLimit(mib << 20) as limit:
             code, said = started(words, preexec_fn=limit.join)
         assert code == SAME_AGAIN, f"exit {code} on {ranks} ranks in {mib} MiB:\n{said[-3000:]}"
         assert "died by signal 9 (Killed); the kernel ended a process of this machine for want of memory meanwhile" in said, said[-3000:]
@@ -127,13 +106,13 @@ def damaged_checkpoints(bin_dir, folder, data):
 
 def main():
     bin_dir = pathlib.Path(sys.argv[1])
-    needs_root = (out_of_memory, full_logs)
+    why_not = {out_of_memory: machines.why_no_memory_limit(), full_logs: None if os.geteuid() == 0 else "mounting needs root"}
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         runs.write_tokens(folder / "train.bin", 40_000)
         for kind in (out_of_memory, bad_data, full_logs, damaged_checkpoints):
-            if kind in needs_root and os.geteuid() != 0:
-                print(f"SKIPPED: outside_faults {kind.__name__}: needs root")
+            if why := why_not.get(kind):
+                print(f"SKIPPED: outside_faults {kind.__name__}: {why}")
                 continue
             tried = list(kind(bin_dir, folder, f"--train_data={folder / 'train.bin'}"))
             assert len(tried) == 5, tried
