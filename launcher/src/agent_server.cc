@@ -12,17 +12,13 @@
 
 #include <lockstep/base/error.h>
 
+#include "machine.h"
+
 namespace lockstep::launcher {
 namespace {
 
 constexpr int kBacklog = 1024;  // the agents of a large job come all at once
 constexpr size_t kMostAccepted = 256, kMostBodies = 64;
-
-std::string text_of(const sockaddr_in& address) {
-  std::array<char, INET_ADDRSTRLEN> text{};
-  ::inet_ntop(AF_INET, &address.sin_addr, text.data(), text.size());
-  return text.data();
-}
 
 }  // namespace
 
@@ -77,7 +73,7 @@ void AgentServer::accept_all(Clock::time_point now) {
     epoll_event event{.events = EPOLLIN, .data = {.u64 = number}};
     if (::epoll_ctl(poll_.get(), EPOLL_CTL_ADD, fd.get(), &event) != 0) continue;
     Peer& peer = channels_[number];
-    peer.address = text_of(from);
+    peer.address = ipv4_text(from.sin_addr);
     peer.channel = std::make_unique<SecureChannel>(std::move(fd), token_, SecureChannel::Side::kServer, now);
     peer.channel->advance(now);
   }

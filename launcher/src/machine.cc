@@ -10,6 +10,7 @@
 #include <fstream>
 #include <sstream>
 
+#include <arpa/inet.h>
 #include <fcntl.h>
 #include <sched.h>
 #include <spawn.h>
@@ -83,6 +84,12 @@ Answer ask(const std::vector<std::string>& command) {
   int status = 0;
   if (started && ::waitpid(pid, &status, 0) == pid && WIFEXITED(status)) answer.exit_code = WEXITSTATUS(status);
   return answer;
+}
+
+std::string ipv4_text(in_addr address) {
+  std::array<char, INET_ADDRSTRLEN> text{};
+  ::inet_ntop(AF_INET, &address, text.data(), text.size());
+  return text.data();
 }
 
 std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }

@@ -3,6 +3,8 @@
 #include <string>
 #include <vector>
 
+#include <netinet/in.h>
+
 namespace lockstep::launcher {
 
 /// Cores this process may use: its affinity mask, cut down to the cgroup's quota (containers), at least 1.
@@ -22,6 +24,9 @@ struct Answer {
   std::string output;  ///< 64 KiB at most
 };
 Answer ask(const std::vector<std::string>& command);
+
+/// "10.0.0.7".
+std::string ipv4_text(in_addr address);
 
 std::string first_line(const std::string& text);
 

@@ -1,14 +1,12 @@
 #include "open_mpi.h"
 
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <cctype>
 #include <memory>
 #include <optional>
 #include <sstream>
 
-#include <arpa/inet.h>
 #include <netinet/in.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -17,6 +15,8 @@
 #include <netdb.h>
 
 #include <lockstep/base/unique_handle.h>
+
+#include "machine.h"
 
 namespace lockstep::launcher {
 namespace {
@@ -61,12 +61,6 @@ bool sounds_secret(std::string name) {
     if (name.find(word) != std::string::npos) return true;
   }
   return false;
-}
-
-std::string text_of(in_addr address) {
-  std::array<char, INET_ADDRSTRLEN> text{};
-  ::inet_ntop(AF_INET, &address, text.data(), text.size());
-  return text.data();
 }
 
 std::optional<in_addr> own_address(const std::string& host) {
@@ -151,7 +145,7 @@ std::vector<std::string> remote_agent(const Environment& user, bool in_slurm) {
 
 std::string own_address_to(const std::string& host) {
   const auto own = own_address(host);
-  return own ? text_of(*own) : "";
+  return own ? ipv4_text(*own) : "";
 }
 
 std::string network_to(const std::string& host) {
@@ -164,7 +158,7 @@ std::string network_to(const std::string& host) {
     const auto* address = reinterpret_cast<const sockaddr_in*>(one->ifa_addr);
     if (address->sin_addr.s_addr != own->s_addr) continue;
     const uint32_t mask = reinterpret_cast<const sockaddr_in*>(one->ifa_netmask)->sin_addr.s_addr;
-    return text_of({own->s_addr & mask}) + "/" + std::to_string(std::popcount(mask));
+    return ipv4_text({own->s_addr & mask}) + "/" + std::to_string(std::popcount(mask));
   }
   return "";
 }
