@@ -1,6 +1,7 @@
 #include <numeric>
 
-#include <torch/torch.h>
+#include <torch/autograd.h>
+#include <torch/types.h>
 
 #include <lockstep/sharding/expert_parallel.h>
 

@@ -1,6 +1,8 @@
 #include <numeric>
 
-#include <torch/torch.h>
+#include <torch/autograd.h>
+#include <torch/nn/module.h>
+#include <torch/types.h>
 
 #include <lockstep/base/error.h>
 #include <lockstep/nn/dropout.h>

@@ -2,7 +2,7 @@
 
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <lockstep/sharding/parameter_placement.h>
 #include <lockstep/sharding/rank_order_sum.h>

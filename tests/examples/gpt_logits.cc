@@ -5,7 +5,8 @@
 #include <sstream>
 
 #include <gflags/gflags.h>
-#include <torch/torch.h>
+#include <torch/nn/module.h>
+#include <torch/types.h>
 
 #include <lockstep/base/error.h>
 #include <lockstep/base/fs.h>

@@ -6,7 +6,7 @@
 #include <map>
 
 #include <gtest/gtest.h>
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <lockstep/base/planted_bug.h>
 #include <lockstep/collectives/local_group.h>

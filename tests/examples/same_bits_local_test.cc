@@ -5,7 +5,8 @@
 #include <mutex>
 
 #include <gtest/gtest.h>
-#include <torch/torch.h>
+#include <torch/nn/module.h>
+#include <torch/types.h>
 
 #include <lockstep/collectives/local_group.h>
 #include <lockstep/nn/functions.h>

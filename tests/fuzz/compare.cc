@@ -10,7 +10,7 @@
 
 #include <ATen/ops/empty.h>
 #include <nlohmann/json.hpp>
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <lockstep/base/error.h>
 #include <lockstep/format/reader.h>

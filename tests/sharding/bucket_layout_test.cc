@@ -1,7 +1,7 @@
 #include <numeric>
 
 #include <gtest/gtest.h>
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <lockstep/sharding/bucket_layout.h>
 

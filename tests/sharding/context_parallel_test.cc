@@ -1,7 +1,7 @@
 // Attention over a sequence that is cut, against the whole in f64.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <lockstep/base/error.h>
 #include <lockstep/collectives/local_group.h>

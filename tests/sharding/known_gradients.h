@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <lockstep/base/counter_random.h>
 #include <lockstep/sharding/gradient_sync.h>

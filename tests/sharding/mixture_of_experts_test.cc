@@ -1,7 +1,8 @@
 // Experts that tokens are sorted to, against a loop over experts that each see all tokens, in f64.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <torch/torch.h>
+#include <torch/nn/module.h>
+#include <torch/types.h>
 
 #include <lockstep/base/error.h>
 #include <lockstep/collectives/local_group.h>

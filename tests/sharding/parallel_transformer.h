@@ -3,7 +3,8 @@
 #include <map>
 #include <string>
 
-#include <torch/torch.h>
+#include <torch/nn/module.h>
+#include <torch/types.h>
 
 #include <lockstep/nn/dropout.h>
 #include <lockstep/nn/functions.h>

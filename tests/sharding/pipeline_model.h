@@ -7,7 +7,8 @@
 #include <map>
 
 #include <gtest/gtest.h>
-#include <torch/torch.h>
+#include <torch/autograd.h>
+#include <torch/types.h>
 
 #include <lockstep/base/counter_random.h>
 #include <lockstep/collectives/local_group.h>

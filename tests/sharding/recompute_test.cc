@@ -4,11 +4,13 @@
 #include <cstdio>
 #include <thread>
 
+#include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/native/Resize.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <torch/torch.h>
+#include <torch/autograd.h>
+#include <torch/types.h>
 
 #include <lockstep/base/error.h>
 #include <lockstep/nn/cpu_allocator.h>

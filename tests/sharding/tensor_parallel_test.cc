@@ -1,7 +1,8 @@
 // Functions and layers of the tensor axis against one rank.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <torch/torch.h>
+#include <torch/nn/module.h>
+#include <torch/types.h>
 
 #include <lockstep/base/error.h>
 #include <lockstep/collectives/local_group.h>

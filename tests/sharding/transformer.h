@@ -3,7 +3,7 @@
 #include <cstring>
 #include <vector>
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <lockstep/base/counter_random.h>
 #include <lockstep/nn/dropout.h>

@@ -1,7 +1,7 @@
 // Embedding and loss over a vocabulary that is cut, against one rank.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <lockstep/base/error.h>
 #include <lockstep/collectives/arithmetic.h>

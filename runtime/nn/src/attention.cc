@@ -1,7 +1,8 @@
 #include <cmath>
 
 #include <ATen/Parallel.h>
-#include <torch/torch.h>
+#include <torch/autograd.h>
+#include <torch/types.h>
 
 #include <lockstep/nn/functions.h>
 #include <lockstep/nn/precision.h>

@@ -1,4 +1,5 @@
-#include <torch/torch.h>
+#include <torch/autograd.h>
+#include <torch/types.h>
 
 #include <lockstep/base/error.h>
 #include <lockstep/nn/functions.h>

@@ -6,7 +6,9 @@
 
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
-#include <torch/torch.h>
+#include <torch/autograd.h>
+#include <torch/nn/module.h>
+#include <torch/types.h>
 
 #include <lockstep/base/error.h>
 #include <lockstep/base/planted_bug.h>

@@ -5,7 +5,8 @@
 #include <optional>
 
 #include <ATen/ops/empty.h>
-#include <torch/torch.h>
+#include <torch/nn/module.h>
+#include <torch/types.h>
 
 #include <lockstep/base/error.h>
 #include <lockstep/base/planted_bug.h>

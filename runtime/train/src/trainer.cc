@@ -5,7 +5,8 @@
 #include <limits>
 
 #include <nlohmann/json.hpp>
-#include <torch/torch.h>
+#include <torch/nn/module.h>
+#include <torch/types.h>
 #include <torch/version.h>
 
 #include <lockstep/base/error.h>

@@ -5,7 +5,8 @@
 #include <limits>
 #include <vector>
 
-#include <torch/torch.h>
+#include <torch/autograd.h>
+#include <torch/types.h>
 
 #include <lockstep/base/counter_random.h>
 

@@ -7,7 +7,7 @@
 
 #include <ATen/native/Resize.h>
 #include <gtest/gtest.h>
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <lockstep/nn/cpu_allocator.h>
 #include <lockstep/nn/functions.h>

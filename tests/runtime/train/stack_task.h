@@ -5,7 +5,9 @@
 #include <string>
 #include <vector>
 
-#include <torch/torch.h>
+#include <torch/nn/module.h>
+#include <torch/nn/modules/linear.h>
+#include <torch/types.h>
 
 #include <lockstep/nn/init.h>
 #include <lockstep/sharding/layer_stack.h>

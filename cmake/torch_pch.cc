@@ -1,1 +1,0 @@
-// Compiles to nothing; owns the precompiled torch/torch.h that other targets reuse.
