@@ -128,8 +128,7 @@ Plan plan(const Arguments& arguments) {
   plan.tag_output = arguments.has("tag_output");
   // Alone, MPI is not needed at all: 0.2 s less.
   if (plan.ranks > 1 || !plan.on_this_machine) plan.mpirun = find_mpirun(arguments.get("mpirun", "mpirun"));
-  plan.run_dir = program_flag(plan.program, "run_dir").value_or("");
-  if (!plan.run_dir.empty()) plan.run_dir = without_slash(std::filesystem::absolute(plan.run_dir).string());
+  plan.run_dir = program_run_dir(plan.program);
   return plan;
 }
 

@@ -1,6 +1,7 @@
 #include "run_state.h"
 
 #include <algorithm>
+#include <filesystem>
 #include <fstream>
 #include <iostream>
 
@@ -9,6 +10,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include <lockstep/base/command_line.h>
 #include <lockstep/base/error.h>
 #include <lockstep/base/fs.h>
 #include <lockstep/format/manifest.h>
@@ -77,6 +79,8 @@ Json to_json(const SupervisorState& state) {
           {"starts", state.starts},
           {"owner", state.owner},
           {"batch_job", state.batch_job},
+          {"began_unix_s", state.began_unix_s},
+          {"began_at", state.began_at},
           {"job_id", state.job_id}};
 }
 
@@ -95,6 +99,8 @@ SupervisorState from_json(const Json& json) {
   state.starts = json.at("starts");
   state.owner = json.at("owner");
   state.batch_job = json.at("batch_job");
+  state.began_unix_s = json.at("began_unix_s");
+  state.began_at = json.at("began_at");
   state.job_id = json.at("job_id");
   return state;
 }
@@ -105,6 +111,14 @@ std::optional<std::string> program_flag(const std::vector<std::string>& words, c
   std::optional<std::string> found;
   find_flag(words, name, 0, found);
   return found;
+}
+
+std::string program_run_dir(const std::vector<std::string>& words) {
+  const std::string named = program_flag(words, "run_dir").value_or("");
+  std::string path = std::filesystem::absolute(named.empty() ? kDefaultRunDir : named).string();
+  while (path.size() > 1 && path.back() == '/') path.pop_back();
+  const bool is_known = !named.empty() || ::access((path + "/run.json").c_str(), F_OK) == 0;
+  return is_known ? path : "";
 }
 
 int64_t newest_durable_step(const std::string& run_dir) {
@@ -125,6 +139,30 @@ std::optional<int64_t> last_reported_step(const std::string& run_dir) {
     return step.has_value();
   });
   return step;
+}
+
+double seconds_in_steps(const std::string& run_dir, int64_t first, int64_t last) {
+  struct Line {
+    int64_t step = 0;
+    double seconds = 0;
+  };
+  std::vector<Line> lines;
+  std::ifstream file(run_dir + "/metrics.jsonl");
+  for (std::string text; std::getline(file, text) && !file.eof();) {
+    const Json line = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+    if (!line.is_object() || !line.contains("step_s") || !line["step_s"].is_number()) continue;
+    const int64_t step = line.value("step", int64_t{0});
+    while (!lines.empty() && lines.back().step >= step) lines.pop_back();  // a later start did them again
+    lines.push_back({step, line["step_s"].get<double>()});
+  }
+  double sum = 0;
+  int64_t before = std::max<int64_t>(first, 0);
+  for (const Line& line : lines) {
+    if (line.step <= first || line.step > last) continue;
+    sum += line.seconds * static_cast<double>(line.step - before);  // every so many steps have a line
+    before = line.step;
+  }
+  return sum;
 }
 
 std::vector<std::string> faulty_hosts(const std::string& run_dir) {

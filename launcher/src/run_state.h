@@ -14,10 +14,16 @@ namespace lockstep::launcher {
 /// flag a line; the last one wins. nullopt: it is not there.
 std::optional<std::string> program_flag(const std::vector<std::string>& words, const std::string& name);
 
+/// The program's run directory, absolute: named on its command line, or else what it uses by default, once a run is
+/// there. Empty: not known.
+std::string program_run_dir(const std::vector<std::string>& words);
+
 /// What a run directory tells about a run, without opening its tensors. Nothing here throws: what cannot be read is
 /// not known.
 int64_t newest_durable_step(const std::string& run_dir);                ///< -1: none
 std::optional<int64_t> last_reported_step(const std::string& run_dir);  ///< of metrics.jsonl, some steps behind
+/// What the steps after `first`, up to `last`, took, in seconds; of a step that was done twice, what it took at last.
+double seconds_in_steps(const std::string& run_dir, int64_t first, int64_t last);
 /// The hosts that the ledger's last entry is sure to have found faulty (exit code 79).
 std::vector<std::string> faulty_hosts(const std::string& run_dir);
 /// How many processes the kernel has ended for want of memory since this machine was started.
@@ -30,9 +36,11 @@ struct SupervisorState {
   std::set<int64_t> refused;          ///< world sizes the program does not accept
   std::vector<std::string> excluded;  ///< faulty hosts
   int64_t starts = 0;
-  std::string owner;      ///< launcher_name() of who wrote it
-  std::string batch_job;  ///< the Slurm job it ran in, if any
-  std::string job_id;     ///< what the program's starts have in common: a later one need not watch an earlier one
+  std::string owner;        ///< launcher_name() of who wrote it
+  std::string batch_job;    ///< the Slurm job it ran in, if any
+  double began_unix_s = 0;  ///< of the first start
+  int64_t began_at = -1;    ///< the durable step there was
+  std::string job_id;       ///< what the program's starts have in common: a later one need not watch an earlier one
 };
 std::optional<SupervisorState> load_supervisor_state(const std::string& run_dir);
 void save_supervisor_state(const std::string& run_dir, const SupervisorState& state);  ///< a WARNING where it cannot

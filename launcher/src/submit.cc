@@ -63,7 +63,7 @@ double last_number(const std::string& path, const std::string& key) {
 // may warn up to a minute earlier, never later.
 int64_t measured_grace_s(const std::string& run_dir) {
   const double save_s = last_number(run_dir + "/ledger.jsonl", "save_s");
-  if (run_dir.empty() || save_s <= 0) return 90;
+  if (save_s <= 0) return 90;
   const double step_s = last_number(run_dir + "/metrics.jsonl", "step_s");
   return std::clamp<int64_t>(30 + static_cast<int64_t>(std::ceil(2 * (save_s + step_s))), 60, 6 * 3600);
 }
@@ -112,7 +112,7 @@ BatchScript plan(const Arguments& arguments) {
   if (!script.array.empty() && (!names_task || script.run_dir.find("%a") == std::string::npos))
     throw ConfigError("the tasks of an array would share one run (--run_dir='" + script.run_dir +
                       "'). Mend: a folder each, as in --run_dir=sweep/%a; %a is the task's number");
-  script.grace_s = arguments.number("grace_s", measured_grace_s(script.run_dir), 1, 86400);
+  script.grace_s = arguments.number("grace_s", measured_grace_s(program_run_dir(script.program)), 1, 86400);
   if (!script.time.empty() && limit_seconds(script.time) <= script.grace_s)
     throw ConfigError("--time=" + script.time + " is no longer than the " + std::to_string(script.grace_s) +
                       " s from the warning to the end. Mend: a longer --time, or a shorter --grace_s");

@@ -1,6 +1,7 @@
 #include "supervisor.h"
 
 #include <algorithm>
+#include <cmath>
 #include <iomanip>
 #include <iostream>
 #include <memory>
@@ -44,6 +45,10 @@ std::string seconds(std::chrono::milliseconds time) {
   return text.str();
 }
 
+double unix_seconds() {
+  return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
+}
+
 uint64_t random_seed() {
   std::random_device device;
   return uint64_t{device()} << 32 | device();
@@ -60,6 +65,8 @@ SupervisorState state_of(const Plan& plan, const std::optional<SupervisorState>&
   if (!is_over) {
     state.starts = 0;
     state.job_id = "run-" + std::to_string(random_seed());
+    state.began_unix_s = unix_seconds();
+    state.began_at = newest_durable_step(plan.run_dir);
   }
   state.owner = launcher_name();
   state.batch_job = batch_job;
@@ -95,6 +102,7 @@ class Supervisor {
       : plan_(plan),
         // Another launcher that lives here keeps its own.
         keeps_state_(!left || !is_launcher_here(left->owner) || is_dead_launcher(left->owner)),
+        run_dir_(plan.run_dir),
         found_run_dir_(::access(plan.run_dir.c_str(), F_OK) == 0),
         state_(state_of(plan, left)),
         policy_(plan.restarts, random_seed(), state_.policy) {
@@ -149,12 +157,12 @@ class Supervisor {
                               std::to_string(plan_.ranks) + " ranks have a place, and --min_ranks is " +
                               std::to_string(plan_.min_ranks));
     say() << first_failures_.back() << std::endl;
-    return {.exit_code = kRunAgain, .cause = Cause::kLostHost, .durable_step = newest_durable_step(plan_.run_dir)};
+    return {.exit_code = kRunAgain, .cause = Cause::kLostHost, .durable_step = newest_durable_step(run_dir_)};
   }
 
   Ending start(const Placement& placement) {
     ++state_.starts;
-    LaunchFolder folder(plan_.run_dir);
+    LaunchFolder folder(run_dir_);
     keep_state();  // one that follows a killed launcher knows which start was the last
     Job job{.command = {},
             .under_mpirun = !plan_.mpirun.empty(),
@@ -166,9 +174,8 @@ class Supervisor {
     if (job.under_mpirun) prepare_mpirun(job, folder, placement);
     // Agents on other hosts find it in the run directory that all see; without one they decide alone.
     const std::unique_ptr<ClusterWatch> watch =
-        plan_.on_this_machine || plan_.run_dir.empty()
-            ? nullptr
-            : ClusterWatch::start(placement, folder.records().folder(), plan_.run_dir);
+        plan_.on_this_machine || run_dir_.empty() ? nullptr
+                                                  : ClusterWatch::start(placement, folder.records().folder(), run_dir_);
     job.watch = watch.get();
     job.command.insert(job.command.end(), plan_.program.begin(), plan_.program.end());
     const int64_t killed_before = out_of_memory_kills();
@@ -213,15 +220,16 @@ class Supervisor {
   }
 
   void keep_state() const {
-    if (keeps_state_) save_supervisor_state(plan_.run_dir, state_);
+    if (keeps_state_) save_supervisor_state(run_dir_, state_);
   }
 
   /// What only the run directory knows.
   Ending complete(Verdict verdict) {
     Ending& ending = verdict.ending;
-    ending.durable_step = newest_durable_step(plan_.run_dir);
+    if (run_dir_.empty()) run_dir_ = program_run_dir(plan_.program);  // it is there by now
+    ending.durable_step = newest_durable_step(run_dir_);
     if (verdict.first_failure && !ending.step) {  // one that was killed could not say where it was
-      ending.step = last_reported_step(plan_.run_dir);
+      ending.step = last_reported_step(run_dir_);
       if (ending.step && ending.was_ready) *verdict.first_failure += ", about step " + std::to_string(*ending.step);
     }
     if (ending.exit_code == static_cast<int>(ExitCode::kNodeBad)) exclude_faulty_hosts(ending);
@@ -231,7 +239,7 @@ class Supervisor {
 
   void exclude_faulty_hosts(Ending& ending) {
     if (plan_.on_this_machine) return;
-    for (const std::string& host : faulty_hosts(plan_.run_dir)) {
+    for (const std::string& host : faulty_hosts(run_dir_)) {
       state_.excluded.push_back(host);
       ending.can_do_without_host = true;
     }
@@ -253,12 +261,22 @@ class Supervisor {
           << state_.policy.restarts_used << " of " << plan_.restarts << std::endl;
   }
 
+  /// The effective training time ratio: saves, starts, evaluation and steps that were lost are the rest.
+  void tell_effective_time() const {
+    const double in_steps = seconds_in_steps(run_dir_, state_.began_at, newest_durable_step(run_dir_));
+    const double all = unix_seconds() - state_.began_unix_s;
+    if (in_steps <= 0 || all <= 0) return;
+    const auto text = [](double time) { return seconds(std::chrono::milliseconds(std::llround(time * 1000))); };
+    say() << "effective training time " << std::lround(100 * in_steps / all) << " %: " << text(in_steps) << " of "
+          << text(all) << " went into steps that stay" << std::endl;
+  }
+
   int finish(const Decision& decision) {
-    const auto kept = load_supervisor_state(plan_.run_dir);
-    if (kept && kept->owner == state_.owner) remove_supervisor_state(plan_.run_dir);
-    ::rmdir((plan_.run_dir + "/launch").c_str());
-    if (!found_run_dir_ && !plan_.run_dir.empty())
-      ::rmdir(plan_.run_dir.c_str());  // of a program that refused its flags
+    const auto kept = load_supervisor_state(run_dir_);
+    if (kept && kept->owner == state_.owner) remove_supervisor_state(run_dir_);
+    if (!run_dir_.empty()) ::rmdir((run_dir_ + "/launch").c_str());
+    if (!run_dir_.empty() && !found_run_dir_) ::rmdir(run_dir_.c_str());  // of a program that refused its flags
+    tell_effective_time();
     if (decision.exit_code == 0) return 0;
     if (first_failures_.size() == 1) say() << "first failure: " << first_failures_.front() << "\n";
     const size_t count = first_failures_.size();
@@ -271,7 +289,9 @@ class Supervisor {
   }
 
   const Plan& plan_;
-  const bool keeps_state_, found_run_dir_;
+  const bool keeps_state_;
+  std::string run_dir_;
+  const bool found_run_dir_;
   SupervisorState state_;
   RestartPolicy policy_;
   std::vector<std::string> first_failures_, missing_;

@@ -22,7 +22,7 @@ struct Plan {
   std::chrono::seconds grace{30};
   bool tag_output = false, bind_to_cores = false;
   int cores = 1;        ///< of this machine
-  std::string run_dir;  ///< of the program; empty: it names none
+  std::string run_dir;  ///< of the program, absolute; empty: not known yet
 };
 
 /// Starts the program, and starts it again as the restart policy says, on the hosts that answer then, in the largest

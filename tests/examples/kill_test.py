@@ -7,6 +7,7 @@ is from a kill to the first new step (median of ten on 4 ranks at most 6 s, the 
 import os
 import pathlib
 import random
+import re
 import signal
 import statistics
 import sys
@@ -65,6 +66,8 @@ def play(bin_dir, folder, ranks, kills, flags, expected, generator):
     finally:
         killer.job.end()
     assert not killer.alive(), "a rank outlived the job"
+    effective = re.search(r"effective training time (\d+) %", killer.job.said())
+    assert effective and 0 < int(effective[1]) < 100, f"kills cost nothing?\n{killer.job.said()[-2000:]}"
     starts = runs.expect_nothing_lost(run_dir)
     assert starts >= kills * 3 // 4, f"{starts} starts are in the ledger after {kills} kills"
     assert runs.digests(bin_dir, run_dir) == expected[0], f"{runs.digests(bin_dir, run_dir)}, expected {expected[0]}"

@@ -60,6 +60,7 @@ TEST(Restart, AKilledRankCostsAMoment) {
     EXPECT_EQ(starts(folder), 2);
     EXPECT_THAT(ended.err, HasSubstr("died by signal 9"));
     EXPECT_THAT(ended.err, HasSubstr("starting again, restart 1 of 3"));
+    EXPECT_FALSE(files::exists("run")) << "which the program did not make";
   }
 }
 

@@ -34,6 +34,21 @@ TEST(ProgramFlag, IsReadAsTheProgramReadsIt) {
   EXPECT_EQ(of({"gpt", "--flagfile=/no/such/file"}), "none");
 }
 
+TEST(ProgramRunDir, IsAbsoluteAndTheDefaultCountsOnceARunIsThere) {
+  const TempDir folder;
+  const files::path before = files::current_path();
+  files::current_path(folder.path());
+  const std::string here = files::current_path();
+  EXPECT_EQ(program_run_dir({"gpt", "--run_dir=a/b//"}), here + "/a/b");
+  EXPECT_EQ(program_run_dir({"gpt", "--run_dir=/"}), "/");
+  EXPECT_EQ(program_run_dir({"gpt", "--steps=3"}), "");
+  files::create_directory("run");
+  EXPECT_EQ(program_run_dir({"gpt", "--steps=3"}), "") << "somebody's folder of that name";
+  std::ofstream("run/run.json") << "{}";
+  EXPECT_EQ(program_run_dir({"gpt", "--steps=3"}), here + "/run");
+  files::current_path(before);
+}
+
 TEST(RunState, TheNewestWholeCheckpointCounts) {
   const TempDir run;
   EXPECT_EQ(newest_durable_step(""), -1);
@@ -57,6 +72,23 @@ TEST(RunState, TheLastReportedStepIsTheLastWholeLines) {
   EXPECT_EQ(last_reported_step(run.path()), 5000);
 }
 
+TEST(RunState, EffectiveTimeCountsEachStepOnceAndAsItWasDoneAtLast) {
+  const TempDir run;
+  EXPECT_EQ(seconds_in_steps(run.path(), -1, 100), 0);
+  std::ofstream file(run / "metrics.jsonl");
+  const auto report = [&](int step, double seconds) {
+    file << "{\"step\":" << step << ",\"step_s\":" << seconds << "}\n";
+  };
+  for (int step = 1; step <= 6; ++step) report(step, 1);
+  file << "rubbish\n{\"step\":7}\n";
+  for (int step = 5; step <= 8; ++step) report(step, 2);  // a later start goes on from step 4
+  for (int step = 10; step <= 14; step += 2) report(step, 3);
+  file << "{\"step\":15,\"step_s\":99";
+  file.close();
+  EXPECT_EQ(seconds_in_steps(run.path(), -1, 8), 4 * 1 + 4 * 2);
+  EXPECT_EQ(seconds_in_steps(run.path(), 6, 12), 2 * 2 + 4 * 3);
+}
+
 TEST(RunState, FaultyHostsAreThoseOfTheLastEntryAndOnlyIfCertain) {
   const TempDir run;
   const auto write = [&](const std::string& text) { std::ofstream(run / "ledger.jsonl", std::ios::trunc) << text; };
@@ -78,6 +110,8 @@ TEST(SupervisorState, ANewSupervisorReadsWhatAnOldOneWrote) {
   state.excluded = {"b"};
   state.starts = 3;
   state.job_id = "run-17";
+  state.began_unix_s = 12.5;
+  state.began_at = 30;
   state.owner = "lockstep-a.1.2.3.state";
   save_supervisor_state(run.path(), state);
   save_supervisor_state(run.path(), state);  // over the first
@@ -92,6 +126,8 @@ TEST(SupervisorState, ANewSupervisorReadsWhatAnOldOneWrote) {
   EXPECT_EQ(read->starts, 3);
   EXPECT_EQ(read->job_id, "run-17");
   EXPECT_EQ(read->owner, state.owner);
+  EXPECT_EQ(read->began_unix_s, 12.5);
+  EXPECT_EQ(read->began_at, 30);
   remove_supervisor_state(run.path());
   EXPECT_FALSE(load_supervisor_state(run.path()));
   EXPECT_TRUE(files::is_empty(run / "launch"));

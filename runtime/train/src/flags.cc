@@ -8,7 +8,8 @@
 #include <lockstep/base/rank_info.h>
 #include <lockstep/train/flags.h>
 
-DEFINE_string(run_dir, "run", "folder of this run: checkpoints, metrics, logs; created, mode 0700 (see --share)");
+DEFINE_string(run_dir, lockstep::kDefaultRunDir,
+              "folder of this run: checkpoints, metrics, logs; created, mode 0700 (see --share)");
 DEFINE_int64(steps, 1000, "optimizer updates in all, resumed ones included");
 DEFINE_uint64(seed, 1, "seed of weights, data order and dropout");
 DEFINE_string(device, "auto", "auto | cpu | cuda; auto is cpu so far");

@@ -5,6 +5,9 @@
 
 namespace lockstep {
 
+/// What --run_dir is where it is not given; the launcher looks there too.
+inline constexpr const char* kDefaultRunDir = "run";
+
 /// A heading of --help and the file whose flags stand under it.
 struct FlagSection {
   const char* heading;
