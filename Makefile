@@ -55,4 +55,4 @@ lint: build  ## format check and clang-tidy
 	@tests/lint.sh $(BUILD) $(JOBS)
 
 clean:  ## removes what was built; keeps what was downloaded
-	@rm -rf build/release build/dev build/asan build/tsan build/fuzz
+	@rm -rf build/release build/dev build/asan build/tsan

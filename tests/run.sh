@@ -14,22 +14,15 @@ stage() {  # stage NAME COMMAND...
   echo "=== $name took $((SECONDS - start)) s"
 }
 
-sanitizer() {  # sanitizer PRESET
+sanitizer() {  # sanitizer PRESET LABELS
   cmake --preset "$1" > "$logs/$1-configure.log" 2>&1 || { cat "$logs/$1-configure.log"; return 1; }
   cmake --build "build/$1" -j "$jobs" --target torch_free_tests > "$logs/$1-build.log" 2>&1 || { tail -40 "$logs/$1-build.log"; return 1; }
-  ctest --test-dir "build/$1" -L torch_free -j "$jobs" --output-on-failure --no-tests=error --output-log "$logs/$1.log"
-}
-
-fuzz() {  # T6: the seeds are replayed by every other build too
-  cmake --preset fuzz > "$logs/fuzz-configure.log" 2>&1 || { cat "$logs/fuzz-configure.log"; return 1; }
-  cmake --build build/fuzz -j "$jobs" --target fuzz_targets > "$logs/fuzz-build.log" 2>&1 || { tail -40 "$logs/fuzz-build.log"; return 1; }
-  ctest --test-dir build/fuzz -L parser_fuzzer -j "$jobs" --output-on-failure --no-tests=error --output-log "$logs/fuzz.log"
+  ctest --test-dir "build/$1" -L "$2" -j "$jobs" --output-on-failure --no-tests=error --output-log "$logs/$1.log"
 }
 
 export UBSAN_OPTIONS=print_stacktrace=1 LSAN_OPTIONS=suppressions=$PWD/tests/support/lsan.supp TSAN_OPTIONS="suppressions=$PWD/tests/support/tsan.supp halt_on_error=1"
-stage "address sanitizer" sanitizer asan
-stage "thread sanitizer" sanitizer tsan
-stage "fuzzers" fuzz
+stage "address sanitizer and fuzzers" sanitizer asan 'torch_free|parser_fuzzer'
+stage "thread sanitizer" sanitizer tsan torch_free
 stage "all tests" ctest --test-dir build/release -j "$jobs" --output-on-failure --no-tests=error --output-log "$logs/release.log" -V -Q
 tail -n 30 "$logs/release.log" | grep -E "tests passed|Test time|FAILED|Failed" || true
 
@@ -40,5 +33,5 @@ grep -hB1 -E "\[  SKIPPED \] .*\(" "$logs/release.log" | sed 's/^[0-9]*: //' | g
 if [ -e build/release-configure.log ]; then sed -n 's/^-- CUDA plug-in: left out/SKIPPED: collectives_nccl, collectives_nccl_double: left out/p' build/release-configure.log >> "$logs/skipped"; fi
 echo "skipped: $(wc -l < "$logs/skipped")"
 cat "$logs/skipped"
-grep -hE "^[0-9]+% tests passed" "$logs"/{asan,tsan,fuzz,release}.log
+grep -hE "^[0-9]+% tests passed" "$logs"/{asan,tsan,release}.log
 exit $failed

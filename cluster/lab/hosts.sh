@@ -74,6 +74,7 @@ up() {  # COUNT
   local i
   [ "$(id -u)" = 0 ] || refuse "only root may make hosts"
   for i in ip unshare nsenter; do command -v $i >/dev/null || refuse "no $i: apt-get install iproute2 util-linux"; done
+  why=$(unshare --net --uts --ipc --mount true 2>&1) || refuse "no namespaces for hosts, as in a chroot whose / is no mount point: $why"
   LAB=$(mktemp -d "${TMPDIR:-/tmp}/hosts.XXXXXX"); chmod 755 "$LAB"; mkdir "$LAB/pid"
   trap 'code=$?; down; exit $code' EXIT
   { echo "127.0.0.1 localhost"; for i in head $(seq -f n%g "$1"); do echo "$(address "$i") $i"; done; } >"$LAB/hosts"

@@ -7,7 +7,7 @@
 
 // Instruction-set clones: same bits from each, since every operation here is exact. Sanitizers run before ifuncs can
 // resolve.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) || !defined(__x86_64__)
+#if defined(LOCKSTEP_SANITIZED) || !defined(__x86_64__)
 #define LOCKSTEP_CLONES
 #else
 #define LOCKSTEP_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))

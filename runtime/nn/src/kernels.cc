@@ -10,7 +10,7 @@
 // Each public kernel is compiled for three instruction sets; its body is an always-inlined template, so every clone
 // gets its own. Sums go through kLanes partial sums in a fixed pattern, which lets the compiler vectorise them without
 // changing the order it was told.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) || !defined(__x86_64__)
+#if defined(LOCKSTEP_SANITIZED) || !defined(__x86_64__)
 #define LOCKSTEP_CLONES
 #else
 #define LOCKSTEP_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

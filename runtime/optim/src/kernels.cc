@@ -3,7 +3,7 @@
 #include <cmath>
 
 // Clones for each instruction set; sanitizers run before ifuncs can resolve.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) || !defined(__x86_64__)
+#if defined(LOCKSTEP_SANITIZED) || !defined(__x86_64__)
 #define LOCKSTEP_CLONES
 #else
 #define LOCKSTEP_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

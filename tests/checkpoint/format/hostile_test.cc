@@ -31,7 +31,7 @@ namespace {
 using testing::HasSubstr;
 using testing::IsEmpty;
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#ifdef LOCKSTEP_SANITIZED
 constexpr bool kSanitized = true;  // memory is the sanitizer's then, and all is slower
 #else
 constexpr bool kSanitized = false;

@@ -75,7 +75,8 @@ TEST(VerdictTest, WhoLoadsOrSavesMayTakeLonger) {
     world.run(1);
     world.sleep(0);
     world.set_phase(0, phase);
-    world.run(patience_s - 5, [&] { ASSERT_EQ(judge_now(world).cause, Cause::kNone) << name_of(phase); });
+    world.run(patience_s - 5,
+              [&, phase = phase] { ASSERT_EQ(judge_now(world).cause, Cause::kNone) << name_of(phase); });
     world.run(7);
     EXPECT_THAT(judge_now(world).culprits, ElementsAre(0)) << name_of(phase);
   }
@@ -137,7 +138,7 @@ TEST(VerdictTest, OneThatCallsSomethingElseIsNamedAtOnceWithBothSides) {
       SimulatedWorld world = sums(4, 30);
       world.program(culprit)[5].call = theirs;
       bool is_found = false;
-      world.run(5, [&] {
+      world.run(5, [&, what = what] {
         const Verdict verdict = judge_now(world);
         if (is_found || verdict.cause == Cause::kNone) return;
         is_found = true;

@@ -114,7 +114,7 @@ struct Crash {
 class CrashTest : public testing::TestWithParam<Crash> {};
 
 TEST_P(CrashTest, LeavesARecordAndTheSignal) {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#ifdef LOCKSTEP_SANITIZED
   GTEST_SKIP() << "the sanitizer has handlers of its own, which stay";
 #endif
   const TempDir folder;

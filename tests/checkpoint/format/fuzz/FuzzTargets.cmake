@@ -1,5 +1,5 @@
-# Fuzz targets (RELIABILITY: T6). Under the preset `fuzz` (clang, libFuzzer, AddressSanitizer, UndefinedBehaviorSanitizer) each runs for
-# LOCKSTEP_FUZZ_SECONDS, 10 by itself; in every other build, sanitizers included, the same code replays its seeds.
+# Fuzz targets (RELIABILITY: T6). Under the preset `asan` (clang, libFuzzer, AddressSanitizer, UndefinedBehaviorSanitizer) each runs for
+# LOCKSTEP_FUZZ_SECONDS, 10 by itself; in every other build the same code replays its seeds.
 # lockstep_add_fuzz_target(name LINKS targets...): fuzz_<name>.cc and seeds/<name>/ in the folder that calls it.
 set(LOCKSTEP_FUZZ_DIR "${CMAKE_CURRENT_LIST_DIR}" CACHE INTERNAL "")
 function(lockstep_add_fuzz_target name)
@@ -18,7 +18,7 @@ function(lockstep_add_fuzz_target name)
   endif()
   add_dependencies(fuzz_targets ${target})
   set_property(GLOBAL APPEND PROPERTY LOCKSTEP_TORCH_FREE_TESTS ${target})
-  if(LOCKSTEP_SANITIZER STREQUAL "fuzzer")
+  if(LOCKSTEP_SANITIZER STREQUAL "address")
     target_link_options(${target} PRIVATE -fsanitize=fuzzer)
     add_test(NAME ${target} COMMAND "${LOCKSTEP_FUZZ_DIR}/run.sh" $<TARGET_FILE:${target}> "${seeds}" "${PROJECT_BINARY_DIR}/corpus/${name}")
     set_tests_properties(${target} PROPERTIES TIMEOUT 4000 LABELS parser_fuzzer)
