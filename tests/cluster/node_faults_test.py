@@ -43,6 +43,13 @@ def ranks_of(run_dir):
     return found
 
 
+def when_it_died(pid):
+    with contextlib.suppress(OSError):  # gone
+        while ") Z " not in pathlib.Path(f"/proc/{pid}/stat").read_text():
+            time.sleep(0.002)
+    return time.monotonic()
+
+
 def placement(told):
     """"lockstep: ranks 0 on n1, 1 on n3": rank to host."""
     return {int(rank): host for rank, host in re.findall(r"(\d+) on (\w+)", told.split(";")[0])}
@@ -75,6 +82,7 @@ class Faults:
         at = time.monotonic()
         {"stop": lambda: os.kill(pid, signal.SIGSTOP), "kill": lambda: os.kill(pid, signal.SIGKILL), "memory": lambda: self.memory.join(pid),
          "cut": lambda: lab("cut", self.home, host), "crash": lambda: lab("crash", self.home, host)}[kind]()
+        happened = when_it_died(pid) if kind == "memory" else at  # the kernel tries for a while to find memory before it ends a process
         name = f"{kind} of rank {rank} on {host} in a world of {len(places)}"
         said = {"stop": rf"^lockstep: rank {rank} \(host {host}, pid \d+\) is stopped", "kill": rf"^lockstep: first failure: rank {rank} on {host} died by signal 9",
                 "memory": rf"^lockstep: first failure: rank {rank} on {host} died by signal 9",
@@ -98,9 +106,10 @@ class Faults:
         assert verdict == (cause, [rank], [host]), f"{name}: {verdict}, {record['message']}"
         next_places = placement(next(line for when, line in self.job.lines if when >= at and re.search(MAP, line)))
         assert (host in next_places.values()) == (kind not in ("cut", "crash")), f"{name}: then {next_places}"
-        self.took.setdefault(kind, []).append(found - at)
+        took = max(0.0, found - happened)
+        self.took.setdefault(kind, []).append(took)
         again = self.job.when(MAP, at) - at
-        print(f"{name}: found after {found - at:.2f} s, started again after {again:.2f} s", flush=True)
+        print(f"{name}: found after {took:.2f} s, started again after {again:.2f} s", flush=True)
         return at
 
 
