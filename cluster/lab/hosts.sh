@@ -71,7 +71,7 @@ rsh() {  # HOST WORDS...: as ssh does
 }
 
 up() {  # COUNT
-  local i
+  local i why
   [ "$(id -u)" = 0 ] || refuse "only root may make hosts"
   for i in ip unshare nsenter; do command -v $i >/dev/null || refuse "no $i: apt-get install iproute2 util-linux"; done
   why=$(unshare --net --uts --ipc --mount true 2>&1) || refuse "no namespaces for hosts, as in a chroot whose / is no mount point: $why"

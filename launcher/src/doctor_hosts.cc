@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <array>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -30,8 +29,6 @@ struct Look {
   double clock_ahead_s = 0, clock_within_s = 0;
   bool sees_file = false;
 };
-
-double now_s() { return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count(); }
 
 std::string self() { return std::filesystem::read_symlink("/proc/self/exe"); }
 
@@ -64,9 +61,9 @@ Look look_at(const std::string& host, const Words& agent, const Words& doctor, c
   Look look{.host = host, .doctor = ask_host(agent, host, doctor)};
   look.findings = parse_findings(look.doctor.output);
   if (look.findings.empty()) return look;
-  const double before_s = now_s();
+  const double before_s = unix_seconds();
   const double there_s = std::strtod(ask_host(agent, host, {"date", "+%s.%N"}).output.c_str(), nullptr);
-  const double after_s = now_s();
+  const double after_s = unix_seconds();
   look.clock_ahead_s = there_s - (before_s + after_s) / 2;
   look.clock_within_s = (after_s - before_s) / 2;
   look.sees_file = first_line(ask_host(agent, host, {"cat", file}).output) == token;

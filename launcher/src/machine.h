@@ -25,6 +25,9 @@ struct Answer {
 };
 Answer ask(const std::vector<std::string>& command);
 
+/// Of the clock on the wall.
+double unix_seconds();
+
 /// "10.0.0.7".
 std::string ipv4_text(in_addr address);
 

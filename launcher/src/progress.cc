@@ -8,7 +8,8 @@
 namespace lockstep::launcher {
 
 std::string without_slash(const std::string& path) {
-  return path.size() > 1 && path.back() == '/' ? path.substr(0, path.size() - 1) : path;
+  const size_t last = path.find_last_not_of('/');
+  return last == std::string::npos ? path.substr(0, 1) : path.substr(0, last + 1);
 }
 
 void show_progress(uint64_t done_bytes, uint64_t total_bytes) {

@@ -15,6 +15,8 @@
 #include <lockstep/base/fs.h>
 #include <lockstep/format/manifest.h>
 
+#include "verbs.h"
+
 namespace lockstep::launcher {
 namespace {
 
@@ -115,8 +117,7 @@ std::optional<std::string> program_flag(const std::vector<std::string>& words, c
 
 std::string program_run_dir(const std::vector<std::string>& words) {
   const std::string named = program_flag(words, "run_dir").value_or("");
-  std::string path = std::filesystem::absolute(named.empty() ? kDefaultRunDir : named).string();
-  while (path.size() > 1 && path.back() == '/') path.pop_back();
+  const std::string path = without_slash(std::filesystem::absolute(named.empty() ? kDefaultRunDir : named).string());
   const bool is_known = !named.empty() || ::access((path + "/run.json").c_str(), F_OK) == 0;
   return is_known ? path : "";
 }
@@ -147,6 +148,7 @@ double seconds_in_steps(const std::string& run_dir, int64_t first, int64_t last)
     double seconds = 0;
   };
   std::vector<Line> lines;
+  if (run_dir.empty()) return 0;
   std::ifstream file(run_dir + "/metrics.jsonl");
   for (std::string text; std::getline(file, text) && !file.eof();) {
     const Json line = Json::parse(text, nullptr, /*allow_exceptions=*/false);

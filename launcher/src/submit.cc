@@ -63,7 +63,7 @@ double last_number(const std::string& path, const std::string& key) {
 // may warn up to a minute earlier, never later.
 int64_t measured_grace_s(const std::string& run_dir) {
   const double save_s = last_number(run_dir + "/ledger.jsonl", "save_s");
-  if (save_s <= 0) return 90;
+  if (run_dir.empty() || save_s <= 0) return 90;
   const double step_s = last_number(run_dir + "/metrics.jsonl", "step_s");
   return std::clamp<int64_t>(30 + static_cast<int64_t>(std::ceil(2 * (save_s + step_s))), 60, 6 * 3600);
 }

@@ -16,6 +16,7 @@
 #include "cluster_watch.h"
 #include "job.h"
 #include "launch_folder.h"
+#include "machine.h"
 #include "open_mpi.h"
 #include "run_state.h"
 #include "stop_signals.h"
@@ -45,10 +46,6 @@ std::string seconds(std::chrono::milliseconds time) {
   return text.str();
 }
 
-double unix_seconds() {
-  return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
-}
-
 uint64_t random_seed() {
   std::random_device device;
   return uint64_t{device()} << 32 | device();
@@ -59,14 +56,15 @@ uint64_t random_seed() {
 SupervisorState state_of(const Plan& plan, const std::optional<SupervisorState>& left) {
   const std::string batch_job = process_environment()("SLURM_JOB_ID").value_or("");
   SupervisorState state;
-  state.policy.durable_step = newest_durable_step(plan.run_dir);  // of an earlier job: no progress of this one
+  const int64_t durable_step = newest_durable_step(plan.run_dir);
+  state.policy.durable_step = durable_step;  // of an earlier job: no progress of this one
   const bool is_over = left && (is_dead_launcher(left->owner) || (!batch_job.empty() && left->batch_job == batch_job));
   if (left && (is_over || !is_launcher_here(left->owner))) state = *left;
   if (!is_over) {
     state.starts = 0;
     state.job_id = "run-" + std::to_string(random_seed());
     state.began_unix_s = unix_seconds();
-    state.began_at = newest_durable_step(plan.run_dir);
+    state.began_at = durable_step;
   }
   state.owner = launcher_name();
   state.batch_job = batch_job;

@@ -43,11 +43,11 @@ def ranks_of(run_dir):
     return found
 
 
-def when_it_died(pid):
-    with contextlib.suppress(OSError):  # gone
-        while ") Z " not in pathlib.Path(f"/proc/{pid}/stat").read_text():
-            time.sleep(0.002)
-    return time.monotonic()
+def is_dead(pid):
+    try:
+        return ") Z " in pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except OSError:  # gone
+        return True
 
 
 def placement(told):
@@ -82,8 +82,10 @@ class Faults:
         at = time.monotonic()
         {"stop": lambda: os.kill(pid, signal.SIGSTOP), "kill": lambda: os.kill(pid, signal.SIGKILL), "memory": lambda: self.memory.join(pid),
          "cut": lambda: lab("cut", self.home, host), "crash": lambda: lab("crash", self.home, host)}[kind]()
-        happened = when_it_died(pid) if kind == "memory" else at  # the kernel tries for a while to find memory before it ends a process
         name = f"{kind} of rank {rank} on {host} in a world of {len(places)}"
+        if kind == "memory":  # the kernel looks for memory before it ends a process
+            self.job.until(lambda: is_dead(pid), f"{name}: the kernel ends it", 30)
+        happened = time.monotonic() if kind == "memory" else at
         said = {"stop": rf"^lockstep: rank {rank} \(host {host}, pid \d+\) is stopped", "kill": rf"^lockstep: first failure: rank {rank} on {host} died by signal 9",
                 "memory": rf"^lockstep: first failure: rank {rank} on {host} died by signal 9",
                 "cut": rf"^lockstep: host {host} is silent", "crash": rf"^lockstep: (first failure: )?host {host} is silent"}[kind]
