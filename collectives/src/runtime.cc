@@ -97,7 +97,9 @@ std::unique_ptr<ProcessGroup> make_cpu_world(const RankInfo& info, const Runtime
 }
 
 std::unique_ptr<Runtime> start_runtime(const RankInfo& info, const RuntimeOptions& options, FlightRecorder* recorder) {
-  // Before torch is used for anything: asked for CUDA without the plug-in, it would say no for ever.
+  // Before torch is used for anything: asked for CUDA without the plug-in, it would say no for ever. And before cuBLAS
+  // is: with another workspace its products may have other bits from run to run.
+  if (may_use_gpu(options)) setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);
   const CudaState cuda = may_use_gpu(options) ? load_cuda_plugin() : CudaState{};
   if (cuda.has_driver && cuda.plugin == nullptr && info.rank == 0) LOG(WARNING) << cuda.why;
   Placement placement = choose_placement(options, info, cuda);

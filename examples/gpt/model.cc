@@ -165,6 +165,7 @@ class Block : public lockstep::StackLayer {
     const at::Tensor h = lockstep::enter_region(x, parallel_.tensor);
     at::Tensor q = heads(query_->inside(h)), k = heads(key_->inside(h));
     if (is_llama()) {
+      if (tables_.first.device() != x.device()) tables_ = {tables_.first.to(x.device()), tables_.second.to(x.device())};
       const at::Tensor cosines = lockstep::context_slice(tables_.first.narrow(0, 0, length), 0, parallel_.context),
                        sines = lockstep::context_slice(tables_.second.narrow(0, 0, length), 0, parallel_.context);
       q = nn::rope(q, cosines, sines), k = nn::rope(k, cosines, sines);
@@ -268,10 +269,12 @@ std::vector<int64_t> generate(Model& model, std::vector<int64_t> tokens, int64_t
                               int64_t top_k, uint64_t seed) {
   const torch::NoGradGuard no_grad;
   const uint64_t key = lockstep::stream_key(seed, "generate");
+  const at::Device device = model.parameters()[0].device();
   for (int64_t i = 0; i < count; ++i) {
     const auto length = std::min(static_cast<int64_t>(tokens.size()), model.config().sequence_length);
     const at::Tensor input = torch::tensor(std::vector<int64_t>(tokens.end() - length, tokens.end())).view({1, length});
-    const at::Tensor last = model.forward({input}).select(1, length - 1).view({-1}) / std::max(temperature, 1e-6);
+    const at::Tensor last =
+        model.forward({input.to(device)}).select(1, length - 1).view({-1}).cpu() / std::max(temperature, 1e-6);
     const auto [values, ids] = last.topk(std::min(top_k, last.numel()));
     const at::Tensor cumulative = values.softmax(0).cumsum(0).contiguous();
     const float draw = lockstep::uniform_at(key, static_cast<uint64_t>(i)) * cumulative[-1].item<float>();

@@ -50,7 +50,11 @@ struct FullySharded::State {
 
   void resize(int64_t to) {
     const nn::MemoryScope memory(nn::MemoryKind::kGathered);
-    at::native::resize_bytes_cpu(whole.storage().unsafeGetStorageImpl(), to);
+    c10::StorageImpl* storage = whole.storage().unsafeGetStorageImpl();
+    if (whole.is_cpu()) return at::native::resize_bytes_cpu(storage, to);
+    // What is given back may still be read on the stream; there it is also handed out again.
+    storage->set_data_ptr_noswap(to > 0 ? storage->allocator()->allocate(to) : at::DataPtr(nullptr, whole.device()));
+    storage->set_nbytes(static_cast<size_t>(to));
   }
 
   ShardedUnit unit;

@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <mutex>
 #include <optional>
 
@@ -25,7 +24,7 @@ at::Tensor merged(const at::Tensor& left, const at::Tensor& right) {
   if (!left.defined()) return right;
   if (!right.defined()) return left;
   at::Tensor out = is_ours_alone(left) ? left : is_ours_alone(right) ? right : at::empty(left.sizes(), left.options());
-  add_to(out.mutable_data_ptr<float>(), left.const_data_ptr<float>(), right.const_data_ptr<float>(), left.numel());
+  add_to(out, left, right);
   return out;
 }
 
@@ -170,15 +169,14 @@ void GradientReducer::complete_root(size_t parameter, size_t root, const at::Ten
   const Slot& slot = *slots_[parameter];
   Bucket& bucket = *buckets_[slot.bucket];
   const at::Tensor &one = left.defined() ? left : right, &two = left.defined() ? right : left;
-  float* out = bucket.roots[root].mutable_data_ptr<float>();
+  const at::Tensor& out = bucket.roots[root];
   for (const auto& [in_parameter, in_bucket, numel] : bucket.layout.segments(slot.in_bucket)) {
     if (two.defined()) {
-      add_to(out + in_bucket, one.const_data_ptr<float>() + in_parameter, two.const_data_ptr<float>() + in_parameter,
-             numel);
+      add_run(out, in_bucket, one, two, in_parameter, numel);
     } else if (one.defined()) {
-      std::memcpy(out + in_bucket, one.const_data_ptr<float>() + in_parameter, numel * sizeof(float));
+      copy_run(out, in_bucket, one, in_parameter, numel);
     } else {
-      std::fill_n(out + in_bucket, numel, kNothing);
+      fill_nothing(out, in_bucket, numel);
     }
   }
   bucket.missing.fetch_sub(1, std::memory_order_acq_rel);
@@ -216,8 +214,7 @@ void GradientReducer::reduce_bucket(Bucket& bucket) {
   }
   at::Tensor sum =
       bucket.roots.empty() ? at::full({bucket.layout.numel()}, kNothing, bucket.piece.options()) : bucket.roots[0];
-  for (size_t r = 1; r < bucket.roots.size(); ++r)
-    add_into(sum.mutable_data_ptr<float>(), bucket.roots[r].const_data_ptr<float>(), sum.numel());
+  for (size_t r = 1; r < bucket.roots.size(); ++r) add_into(sum, bucket.roots[r]);
   bucket.fast_sum = sum;
   bucket.work = group_.all_reduce(sum, ReduceOp::kSum, options_.timeout);
 }
@@ -263,18 +260,16 @@ std::vector<at::Tensor> GradientReducer::pieces(int partial_kind) const {
 ExactSum GradientReducer::publish() {
   for (size_t i = 0; i < parameters_.size(); ++i) {  // second uses join the first, in forward order
     if (parameters_[i].first_use < 0) continue;
-    const at::Tensor first = piece_of(parameters_[i].first_use), second = piece_of(i);
-    add_into(first.mutable_data_ptr<float>(), second.const_data_ptr<float>(), first.numel());
+    add_into(piece_of(parameters_[i].first_use), piece_of(i));
   }
-  ExactSum squares;
+  std::vector<at::Tensor> counted;
   for (auto& bucket : buckets_) {
     const NamedParameter& parameter = parameters_[bucket->parameters[0]];
     if (parameter.first_use >= 0) continue;
-    const at::Tensor& piece = bucket->piece;
-    if (parameter.is_counted) squares.add_squares({piece.const_data_ptr<float>(), static_cast<size_t>(piece.numel())});
+    if (parameter.is_counted) counted.push_back(bucket->piece);
     if (wants_gather(*bucket)) gather(*bucket);
   }
-  return squares;
+  return squares_of(counted);
 }
 
 // After an all-reduce every rank has all of it already, but for what was added since.

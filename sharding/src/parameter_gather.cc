@@ -1,9 +1,9 @@
-#include <cstring>
-
 #include <ATen/ops/empty.h>
 
 #include <lockstep/nn/cpu_allocator.h>
 #include <lockstep/sharding/parameter_gather.h>
+
+#include "add.h"
 
 namespace lockstep {
 namespace {
@@ -27,11 +27,10 @@ void ParameterGather::start_from(const std::vector<at::Tensor>& parameters) {
   const nn::MemoryScope memory(nn::MemoryKind::kScratch);
   packed_ = at::empty({layout_.numel()}, options_);
   const Piece own = layout_.pieces()[group_->rank()];
-  auto* out = packed_.mutable_data_ptr<float>();
   for (size_t i = 0; i < parameters.size(); ++i) {
     for (const auto& [in_parameter, in_bucket, numel] : layout_.segments(i)) {
       if (in_bucket < own.offset || in_bucket >= own.offset + own.numel) continue;
-      std::memcpy(out + in_bucket, parameters[i].const_data_ptr<float>() + in_parameter, numel * sizeof(float));
+      copy_run(packed_, in_bucket, parameters[i], in_parameter, numel);
     }
   }
   start_from_shard(packed_.narrow(0, own.offset, own.numel));
@@ -48,12 +47,10 @@ void ParameterGather::start_from_shard(const at::Tensor& flat_shard) {
 void ParameterGather::finish(const std::vector<at::Tensor>& parameters, bool skip_own) {
   work_.wait();
   const Piece own = layout_.pieces()[group_->rank()];
-  const auto* in = packed_.const_data_ptr<float>();
   for (size_t i = 0; i < parameters.size(); ++i) {
-    auto* out = parameters[i].mutable_data_ptr<float>();
     for (const auto& [in_parameter, in_bucket, numel] : layout_.segments(i)) {
       if (skip_own && in_bucket >= own.offset && in_bucket < own.offset + own.numel) continue;
-      std::memcpy(out + in_parameter, in + in_bucket, numel * sizeof(float));
+      copy_run(parameters[i], in_parameter, packed_, in_bucket, numel);
     }
   }
   packed_.reset();

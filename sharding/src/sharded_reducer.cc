@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cstring>
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -132,15 +131,13 @@ void ShardedReducer::deliver(int64_t leaf, size_t parameter, at::Tensor grad) {
   if (!bucket.buffer.defined()) {
     const nn::MemoryScope memory(nn::MemoryKind::kBuckets);
     bucket.buffer = at::empty({bucket.layout.numel()}, bucket.piece.options());
-    for (const auto& [offset, numel] : bucket.layout.padding())
-      std::fill_n(bucket.buffer.mutable_data_ptr<float>() + offset, numel, kNothing);
+    for (const auto& [offset, numel] : bucket.layout.padding()) fill_nothing(bucket.buffer, offset, numel);
   }
-  auto* out = bucket.buffer.mutable_data_ptr<float>();
   for (const auto& [in_parameter, in_bucket, numel] : bucket.layout.segments(place)) {
     if (grad.defined()) {
-      std::memcpy(out + in_bucket, grad.const_data_ptr<float>() + in_parameter, numel * sizeof(float));
+      copy_run(bucket.buffer, in_bucket, grad, in_parameter, numel);
     } else {
-      std::fill_n(out + in_bucket, numel, kNothing);
+      fill_nothing(bucket.buffer, in_bucket, numel);
     }
   }
   grad.reset();
@@ -202,7 +199,7 @@ void ShardedReducer::push_round(Bucket& bucket, int64_t round, const at::Tensor&
   const auto merge_last_two = [&] {
     const auto [block, right] = std::move(counter.back());
     counter.pop_back();
-    add_into(counter.back().second.mutable_data_ptr<float>(), right.const_data_ptr<float>(), own);
+    add_into(counter.back().second, right);
     counter.back().first.size += block.size;
   };
   for (int64_t k = 0; k < participants(round); ++k) {
@@ -274,16 +271,14 @@ std::vector<at::Tensor> ShardedReducer::pieces(int partial_kind) const {
 ExactSum ShardedReducer::publish() {
   for (size_t i = 0; i < parameters_.size(); ++i) {  // second uses join the first, in forward order
     if (parameters_[i].first_use < 0) continue;
-    const at::Tensor first = piece_of(parameters_[i].first_use), second = piece_of(i);
-    add_into(first.mutable_data_ptr<float>(), second.const_data_ptr<float>(), first.numel());
+    add_into(piece_of(parameters_[i].first_use), piece_of(i));
   }
-  ExactSum squares;
+  std::vector<at::Tensor> counted;
   for (size_t number = 0; number < buckets_.size(); ++number) {
     Bucket* bucket = buckets_[number].get();
     const NamedParameter& parameter = parameters_[bucket->parameters[0]];
     if (parameter.first_use >= 0) continue;
-    if (parameter.is_counted)
-      squares.add_squares({bucket->piece.const_data_ptr<float>(), static_cast<size_t>(bucket->piece.numel())});
+    if (parameter.is_counted) counted.push_back(bucket->piece);
     if (num_replicas() == 1) continue;
     const auto launch = span("launch gradient gather", number);
     const flight::LabelScope label = label_of(number);
@@ -292,7 +287,7 @@ ExactSum ShardedReducer::publish() {
     ProcessGroup& replicas = split_replicas_ ? *split_replicas_ : group_;
     bucket->work = replicas.all_gather_uneven(bucket->shard, bucket->piece, counts, options_.timeout);
   }
-  return squares;
+  return squares_of(counted);
 }
 
 void ShardedReducer::wait() {

@@ -28,9 +28,7 @@ void swap_and_add(ProcessGroup& pipeline, int peer, const at::Tensor& mine, bool
     Work sent = pipeline.send(piece, peer, kTag, timeout), received = pipeline.recv(theirs, peer, kTag, timeout);
     received.wait();
     sent.wait();  // before the piece changes
-    float* out = piece.mutable_data_ptr<float>();
-    const float* other = theirs.const_data_ptr<float>();
-    is_first ? add_to(out, out, other, n) : add_to(out, other, out, n);
+    is_first ? add_to(piece, piece, theirs) : add_to(piece, theirs, piece);
   }
 }
 
@@ -44,7 +42,7 @@ void sum_tied_gradients(ProcessGroup& pipeline, int first_stage, int second_stag
   if (has_first && has_second) {
     LOCKSTEP_CHECK(first.numel() == second.numel())
         << "a tied parameter's gradients have " << first.numel() << " and " << second.numel() << " elements";
-    add_into(first.mutable_data_ptr<float>(), second.const_data_ptr<float>(), first.numel());
+    add_into(first, second);
   } else if (has_first) {
     swap_and_add(pipeline, second_stage, first, /*is_first=*/true, timeout);
   } else if (has_second) {

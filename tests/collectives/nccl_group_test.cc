@@ -266,8 +266,9 @@ TEST_F(NcclGroupTest, AHostTensorTravelsByWayOfTheDeviceAndIsBackAfterWait) {
     double_.set([](NcclDouble& d) { d.events_stay_pending = false; });
   });
   work.wait();
-  EXPECT_THAT(double_.take({"cudaMemcpy", "cudaStreamWait"}),
-              ElementsAre("cudaMemcpyAsync(memory1 to unknown, 16 out, stream1)"));
+  EXPECT_THAT(
+      double_.take({"cudaMemcpy", "cudaStream"}),  // beside stream1, where a later operation may wait for a peer
+      ElementsAre("cudaMemcpyAsync(memory1 to unknown, 16 out, stream2)", "cudaStreamSynchronize(stream2)"));
   EXPECT_TRUE(host.eq(7).all().item<bool>());
   gpu.join();
 }
@@ -298,9 +299,10 @@ TEST_F(NcclGroupTest, ASplitPassesColorKeyAndNameAndGetsAStreamOfItsOwn) {
   EXPECT_EQ(part->name(), "tensor");
   part->all_reduce(device_tensor("x", 1), ReduceOp::kSum).wait();
   EXPECT_THAT(
-      double_.take({"nccl", "cudaStreamCreate"}),
+      double_.take({"nccl", "cudaStreamCreate"}),  // one to work in, one to fetch by
       ElementsAre("ncclCommSplit(comm1, color 4, key 9, blocking 0, tensor)",
-                  "cudaStreamCreateWithPriority(1, -5, device 2)", "ncclAllReduce(x to x, 1 f32 sum, comm2, stream2)"));
+                  "cudaStreamCreateWithPriority(1, -5, device 2)", "cudaStreamCreateWithPriority(1, -5, device 2)",
+                  "ncclAllReduce(x to x, 1 f32 sum, comm2, stream3)"));
   EXPECT_THROW(group.split(-1, 0, "nobody"), CheckFailed);
 }
 
@@ -481,7 +483,7 @@ TEST_F(NcclGroupTest, ADestructorThatFindsItOpenAborts) {
   join();
   group_.reset();
   EXPECT_THAT(double_.take({"ncclComm", "cudaStreamDestroy"}),
-              ElementsAre("ncclCommAbort(comm1)", "cudaStreamDestroy(stream1)"));
+              ElementsAre("ncclCommAbort(comm1)", "cudaStreamDestroy(stream2)", "cudaStreamDestroy(stream1)"));
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ struct World {
   int size = 1;
   int64_t call_limit_elements = 0;  ///< 0: the back end's own; low: every tensor travels in pieces
   bool is_checked = false;          ///< calls are compared over the ranks
+  bool is_one_queue = false;        ///< calls run one after the other, without tags: NCCL's on one stream
   int64_t many() const { return call_limit_elements > 0 ? 103 : 10'007; }  ///< a large size that is quick all the same
 };
 inline std::ostream& operator<<(std::ostream& out, const World& world) { return out << world.name; }

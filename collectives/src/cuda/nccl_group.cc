@@ -111,10 +111,11 @@ class Staged {
     check_cuda(cudaMemcpyAsync(device_, host_.data_ptr(), host_.nbytes(), cudaMemcpyHostToDevice, stream_), doing);
     return device_;
   }
-  // After the event: memory that is not pinned makes this call wait for the copy.
-  void fetch(const std::string& doing) {
+  // After the event, and beside the stream: operations that come later may be waiting in it for a peer.
+  void fetch(cudaStream_t beside, const std::string& doing) {
     if (!comes_back_) return;
-    check_cuda(cudaMemcpyAsync(host_.data_ptr(), device_, host_.nbytes(), cudaMemcpyDeviceToHost, stream_), doing);
+    check_cuda(cudaMemcpyAsync(host_.data_ptr(), device_, host_.nbytes(), cudaMemcpyDeviceToHost, beside), doing);
+    check_cuda(cudaStreamSynchronize(beside), doing);
   }
 
  private:
@@ -138,10 +139,13 @@ class NcclGroup : public ProcessGroup {
     const DeviceGuard guard(device_);
     int low = 0, high = 0;
     check_cuda(cudaDeviceGetStreamPriorityRange(&low, &high), "asking for stream priorities");
-    cudaStream_t stream = nullptr;  // before compute, for others wait for what it sends; off the legacy default stream
-    check_cuda(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, high),
-               "making a stream for " + comm_->name());
-    stream_.reset(stream);
+    for (UniqueStream* made : {&stream_, &fetches_}) {
+      cudaStream_t stream =
+          nullptr;  // before compute, for others wait for what it sends; off the legacy default stream
+      check_cuda(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, high),
+                 "making a stream for " + comm_->name());
+      made->reset(stream);
+    }
     watcher_ = std::thread([this] { watch(); });
   }
 
@@ -299,7 +303,7 @@ class NcclGroup : public ProcessGroup {
       group_.flush();
       if (group_.progress(*operation_) == Progress::kUnderWay) return false;
       group_.comm_->check(operation_->task);
-      for (Staged& staged : operation_->staged) staged.fetch(operation_->task.doing);
+      for (Staged& staged : operation_->staged) staged.fetch(group_.fetches_.get(), operation_->task.doing);
       operation_->kept.clear();
       return true;
     }
@@ -535,7 +539,7 @@ class NcclGroup : public ProcessGroup {
   const Milliseconds timeout_;
   const std::shared_ptr<const TorchDevice> torch_;
   const Milliseconds watch_interval_;
-  UniqueStream stream_;
+  UniqueStream stream_, fetches_;
   Batch batch_;
   int64_t sequence_ = 0;
 

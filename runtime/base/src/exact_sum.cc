@@ -37,6 +37,9 @@ struct Cuts {
   double high = 0, low = 0;
 };
 
+// Into quanta of a bin.
+int64_t quanta(double cut, int bin) { return static_cast<int64_t>(std::ldexp(cut, -kBinBits * bin)); }
+
 LOCKSTEP_CLONES Cuts cut_squares(const float* values, size_t n, double high_cutter, double low_cutter) {
   constexpr size_t kLanes = 32;  // measured: 0.32 ms a million on AVX-512; 16 makes GCC 12 spill, 0.99 ms
   double high[kLanes] = {}, low[kLanes] = {};
@@ -76,14 +79,19 @@ void ExactSum::raise_to(int bin) {
   top_bin_ = bin;
 }
 
-void ExactSum::add_cuts(int bin, double high, double low) {
+ExactSum::Cut ExactSum::cut_for(double magnitude) {
+  const int bin = bin_of(magnitude);
+  return {bin, cutter(bin), cutter(bin - 1), std::ldexp(1.0, kBinBits * bin), std::ldexp(1.0, kBinBits * (bin - 1))};
+}
+
+void ExactSum::add_quanta(int bin, int64_t high, int64_t low) {
   raise_to(bin);
   const int below = top_bin_ - bin;  // 0: same top; 1: our high is its low; more: too small to count
   if (below == 0) {
-    bins_[0] += static_cast<int64_t>(std::ldexp(high, -kBinBits * bin));
-    bins_[1] += static_cast<int64_t>(std::ldexp(low, -kBinBits * (bin - 1)));
+    bins_[0] += high;
+    bins_[1] += low;
   } else if (below == 1) {
-    bins_[1] += static_cast<int64_t>(std::ldexp(high, -kBinBits * bin));
+    bins_[1] += high;
   }
 }
 
@@ -92,7 +100,8 @@ void ExactSum::add(double term) {
   if (!std::isfinite(term) || term == 0) return;
   const int bin = bin_of(std::fabs(term));
   const double high = (term + cutter(bin)) - cutter(bin);
-  add_cuts(bin, high, ((term - high) + cutter(bin - 1)) - cutter(bin - 1));
+  const double low = ((term - high) + cutter(bin - 1)) - cutter(bin - 1);
+  add_quanta(bin, quanta(high, bin), quanta(low, bin - 1));
 }
 
 void ExactSum::add_squares(std::span<const float> values) {
@@ -108,7 +117,7 @@ void ExactSum::add_squares(std::span<const float> values) {
     const double value = std::bit_cast<float>(largest);
     const int bin = bin_of(value * value);
     const Cuts cuts = cut_squares(block, n, cutter(bin), cutter(bin - 1));
-    add_cuts(bin, cuts.high, cuts.low);
+    add_quanta(bin, quanta(cuts.high, bin), quanta(cuts.low, bin - 1));
   }
 }
 

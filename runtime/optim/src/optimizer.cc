@@ -1,6 +1,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include <ATen/ops/_fused_adamw.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <lockstep/base/error.h>
@@ -14,7 +16,7 @@ namespace {
 constexpr int64_t kPartMultiple = 1024;  // elements: parts of two lanes stay pages apart
 
 bool is_usable(const at::Tensor& tensor) {
-  return tensor.defined() && tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == at::kFloat;
+  return tensor.defined() && tensor.is_contiguous() && tensor.scalar_type() == at::kFloat;
 }
 
 // State beside each parameter, and the cut of all elements into parts.
@@ -26,14 +28,19 @@ class FlatOptimizer : public Optimizer {
     parameters_ = std::move(parameters);
     state_.clear();
     for (const auto& [name, parameter, grad, decay] : parameters_) {
-      LOCKSTEP_CHECK(is_usable(parameter) && is_usable(grad) && grad.numel() == parameter.numel())
-          << "optimizer got " << name << " that is not contiguous f32 on the CPU with a gradient of its size";
+      LOCKSTEP_CHECK(is_usable(parameter) && is_usable(grad) && grad.numel() == parameter.numel() &&
+                     grad.device() == parameter.device())
+          << "optimizer got " << name << " that is not contiguous f32 with a gradient of its size beside it";
       auto& state = state_.emplace_back();
       for (size_t kind = 0; kind < kinds_.size(); ++kind) state.push_back(at::zeros_like(parameter));
     }
   }
 
   void step(const StepScalars& scalars, int part, int parts) override {
+    if (!parameters_.empty() && !parameters_[0].parameter.is_cpu()) {
+      if (part == 0) update_on_device(scalars);
+      return;
+    }
     int64_t total = 0;
     for (const auto& local : parameters_) total += local.parameter.numel();
     const int64_t each = (total / parts + kPartMultiple) / kPartMultiple * kPartMultiple;
@@ -59,6 +66,7 @@ class FlatOptimizer : public Optimizer {
 
  protected:
   virtual void update(size_t i, int64_t offset, int64_t n, const StepScalars& scalars) = 0;
+  virtual void update_on_device(const StepScalars& scalars) = 0;  // all of them, by LibTorch's kernels
 
   std::vector<std::string> kinds_;
   std::vector<LocalParameter> parameters_;
@@ -89,6 +97,28 @@ class AdamW : public FlatOptimizer {
           state_[i][1].mutable_data_ptr<float>() + offset, n, constants);
   }
 
+  // Whatever decays and whatever does not, each in one call.
+  void update_on_device(const StepScalars& scalars) override {
+    const auto f32 = parameters_[0].parameter.options().requires_grad(false);
+    const at::Tensor step = at::full({}, static_cast<double>(scalars.step), f32),
+                     unscale = at::full({}, 1 / scalars.grad_scale, f32);
+    for (const bool decays : {true, false}) {
+      std::vector<at::Tensor> parameters, grads, exp_avgs, exp_avg_sqs;
+      for (size_t i = 0; i < parameters_.size(); ++i) {
+        if (parameters_[i].decay != decays || parameters_[i].parameter.numel() == 0) continue;
+        parameters.push_back(parameters_[i].parameter);
+        grads.push_back(parameters_[i].grad);
+        exp_avgs.push_back(state_[i][0]);
+        exp_avg_sqs.push_back(state_[i][1]);
+      }
+      if (parameters.empty()) continue;
+      const std::vector<at::Tensor> steps(parameters.size(), step);
+      at::_fused_adamw_(parameters, grads, exp_avgs, exp_avg_sqs, {}, steps, scalars.learning_rate, options_.beta1,
+                        options_.beta2, decays ? options_.weight_decay : 0, options_.epsilon, /*amsgrad=*/false,
+                        /*maximize=*/false, unscale);
+    }
+  }
+
   AdamWOptions options_;
 };
 
@@ -107,6 +137,16 @@ class Sgd : public FlatOptimizer {
     sgd(parameters_[i].parameter.mutable_data_ptr<float>() + offset,
         parameters_[i].grad.const_data_ptr<float>() + offset, state_[i][0].mutable_data_ptr<float>() + offset, n,
         constants);
+  }
+
+  void update_on_device(const StepScalars& scalars) override {
+    for (size_t i = 0; i < parameters_.size(); ++i) {
+      const at::Tensor &parameter = parameters_[i].parameter, &momentum = state_[i][0];
+      at::Tensor grad = parameters_[i].grad.mul(scalars.grad_scale);
+      if (parameters_[i].decay) grad.add_(parameter, options_.weight_decay);
+      momentum.mul_(options_.momentum).add_(grad);
+      parameter.sub_(options_.nesterov ? grad.add_(momentum, options_.momentum) : momentum, scalars.learning_rate);
+    }
   }
 
   SgdOptions options_;

@@ -23,6 +23,26 @@ void share_storage(const std::vector<at::Tensor>& from, const std::vector<at::Te
   for (size_t i = 0; i < to.size(); ++i) to[i].set_data(from[i].detach());
 }
 
+// What shares memory shares it there too; what has none, as for who gets its shards, gets none.
+void move_to(torch::nn::Module& model, at::Device device) {
+  std::map<const c10::StorageImpl*, at::Tensor> moved;
+  std::vector<at::Tensor> tensors = model.parameters();
+  for (const at::Tensor& buffer : model.buffers()) tensors.push_back(buffer);
+  for (at::Tensor& tensor : tensors) {
+    at::Tensor& there = moved[tensor.storage().unsafeGetStorageImpl()];
+    if (!there.defined()) {
+      there = at::empty(tensor.sizes(), tensor.options().device(device).requires_grad(false));
+      if (tensor.storage().nbytes() > 0) {
+        there.copy_(tensor.detach());
+      } else {
+        there.storage().unsafeGetStorageImpl()->set_data_ptr_noswap(at::DataPtr(nullptr, device));
+        there.storage().unsafeGetStorageImpl()->set_nbytes(0);
+      }
+    }
+    tensor.set_data(there);
+  }
+}
+
 // Replicated over the whole tensor group, or held by those that have the same part: two sums.
 int partial_kind(const ParameterPlacement& placement) {
   return !placement.is_partial ? 0 : placement.tensor_dim < 0 || placement.is_of_experts() ? 1 : 2;
@@ -94,7 +114,7 @@ void ParallelModel::build() {
                         " is no LayerStack, so no pipeline can cut it. Mend: --pipeline_parallel_size=1");
     }
     if (lane == 0) {
-      if (!device_.is_cpu()) models_[0]->to(device_);
+      if (!device_.is_cpu()) move_to(*models_[0], device_);
     } else {
       share_storage(models_[0]->parameters(), models_[lane]->parameters());
       share_storage(models_[0]->buffers(), models_[lane]->buffers());

@@ -129,9 +129,14 @@ class Trainer {
 };
 
 int Trainer::num_lanes() {
-  if (!device_.is_cpu()) throw ConfigError("the step's kernels are for CPUs so far. Mend: --device=cpu");
   nn::install_cpu_allocator();
   const MeshShape& mesh = options_.mesh;
+  if (!device_.is_cpu()) {
+    if (mesh.pipeline * mesh.context * mesh.tensor * mesh.expert > 1 || options_.recompute != Recompute::kNone)
+      throw ConfigError(
+          "on GPUs ranks are data-parallel so far, with any --zero_stage and --recompute=none. Mend: --device=cpu");
+    return 1;  // a stream is what fills a GPU
+  }
   if (options_.zero_stage >= 2 || mesh.pipeline * mesh.context * mesh.tensor * mesh.expert > 1)
     return 1;  // their collectives need one order
   const int64_t share = leaf_share(options_.num_leaves(), mesh_.data().rank(), mesh_.data().size()).count();
@@ -460,10 +465,11 @@ void Trainer::evaluate() {
 
 // What computes: the bits depend on it, beside the configuration; of the mesh, by tier A, they do not.
 std::string Trainer::record_json() const {
-  return nlohmann::ordered_json{{"mesh", mesh_.describe()},
+  nlohmann::ordered_json record{{"mesh", mesh_.describe()},
                                 {"torch", TORCH_VERSION},
-                                {"arithmetic", arithmetic_record(options_.threads_per_rank)}}
-      .dump();
+                                {"arithmetic", arithmetic_record(options_.threads_per_rank)}};
+  if (!device_.is_cpu()) record["device"] = at::DeviceTypeName(device_.type(), /*lower_case=*/true);
+  return record.dump();
 }
 
 checkpoint::Progress Trainer::progress() const {

@@ -302,6 +302,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   NcclDouble::get().forget(stream);
   return result;
 }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return cuda_entry("cudaStreamSynchronize", text(stream)); }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
   return cuda_entry("cudaStreamWaitEvent", text(stream) + ", " + text(event));
 }

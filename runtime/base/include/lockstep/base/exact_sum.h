@@ -21,6 +21,15 @@ class ExactSum {
   /// Adds the squares of `values` (exact in double before the cut). Sets the non-finite flag instead when one is inf or
   /// nan.
   void add_squares(std::span<const float> values);
+  /// How terms of at most `magnitude` are cut, for who cuts and counts elsewhere, as on a GPU: high = (term +
+  /// high_cutter) - high_cutter, low = ((term - high) + low_cutter) - low_cutter, each a number of quanta below 2^39.
+  struct Cut {
+    int bin;
+    double high_cutter, low_cutter, high_quantum, low_quantum;
+  };
+  static Cut cut_for(double magnitude);
+  /// Adds what such cuts came to, in quanta.
+  void add_quanta(int bin, int64_t high, int64_t low);
   /// Adds another sum's terms.
   void merge(const ExactSum& other);
   /// The sum, rounded once; nan when a term was not finite.
@@ -29,7 +38,6 @@ class ExactSum {
 
  private:
   void raise_to(int bin);
-  void add_cuts(int bin, double high, double low);
 
   // Trivially copyable on purpose: ranks exchange the object's bytes.
   int32_t top_bin_ = INT32_MIN;  // highest occupied bin k; bins_[0] belongs to it, bins_[1] to k - 1
