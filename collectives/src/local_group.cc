@@ -16,6 +16,8 @@
 #include <lockstep/collectives/arithmetic.h>
 #include <lockstep/collectives/local_group.h>
 
+#include "call_checks.h"
+
 namespace lockstep {
 namespace {
 
@@ -81,8 +83,7 @@ class LocalGroup : public ProcessGroup {
   }
 
   Work reduce_scatter(at::Tensor output, at::Tensor input, ReduceOp op, Milliseconds timeout) override {
-    LOCKSTEP_CHECK(input.numel() == output.numel() * size())
-        << "reduce_scatter of " << input.numel() << " elements into " << output.numel() << " on " << size() << " ranks";
+    check_reduce_scatter(*this, output, input);
     return start(
         describe("reduce_scatter" + name_of(op), input), input, {}, timeout,
         [output, op](const Round& round, int rank) {
@@ -97,9 +98,7 @@ class LocalGroup : public ProcessGroup {
 
   Work all_gather_uneven(at::Tensor output, at::Tensor input, std::span<const int64_t> counts,
                          Milliseconds timeout) override {
-    LOCKSTEP_CHECK(input.numel() == counts[rank_] &&
-                   output.numel() == std::accumulate(counts.begin(), counts.end(), int64_t{0}))
-        << "all_gather of " << input.numel() << " elements into " << output.numel();
+    check_all_gather(*this, output, input, counts);
     return start(describe("all_gather", output), input, {}, timeout, [output](const Round& round, int) {
       int64_t offset = 0;
       for (const auto& call : round.calls) {
@@ -111,9 +110,7 @@ class LocalGroup : public ProcessGroup {
 
   Work all_to_all(at::Tensor output, at::Tensor input, std::span<const int64_t> receive_counts,
                   std::span<const int64_t> send_counts, Milliseconds timeout) override {
-    LOCKSTEP_CHECK(output.numel() == std::accumulate(receive_counts.begin(), receive_counts.end(), int64_t{0}) &&
-                   input.numel() == std::accumulate(send_counts.begin(), send_counts.end(), int64_t{0}))
-        << "all_to_all: counts do not add up to the tensors' sizes";
+    check_all_to_all(*this, output, input, receive_counts, send_counts);
     return start(std::string("all_to_all of ") + at::toString(input.scalar_type()), input,
                  {send_counts.begin(), send_counts.end()}, timeout,
                  [output, wanted = std::vector<int64_t>(receive_counts.begin(), receive_counts.end())](

@@ -13,6 +13,7 @@
 
 #include <lockstep/collectives/mpi_group.h>
 
+#include "call_checks.h"
 #include "mpi_handles.h"
 
 namespace lockstep {
@@ -117,8 +118,7 @@ class MpiGroup : public ProcessGroup {
 
   // Pieces straight to their owners, who add them in rank order.
   Work reduce_scatter(at::Tensor output, at::Tensor input, ReduceOp op, Milliseconds timeout) override {
-    LOCKSTEP_CHECK(input.numel() == output.numel() * size_)
-        << "reduce_scatter of " << input.numel() << " elements into " << output.numel() << " on " << size_ << " ranks";
+    check_reduce_scatter(*this, output, input);
     auto pending = begin("reduce_scatter" + name_of(op), input, timeout);
     const std::vector<int64_t> counts(size_, output.numel());
     at::Tensor pieces = at::empty({size_, output.numel()}, input.options());
@@ -142,9 +142,7 @@ class MpiGroup : public ProcessGroup {
 
   Work all_gather_uneven(at::Tensor output, at::Tensor input, std::span<const int64_t> counts,
                          Milliseconds timeout) override {
-    LOCKSTEP_CHECK(input.numel() == counts[rank_] &&
-                   output.numel() == std::accumulate(counts.begin(), counts.end(), int64_t{0}))
-        << "all_gather of " << input.numel() << " elements into " << output.numel();
+    check_all_gather(*this, output, input, counts);
     auto pending = begin("all_gather", output, timeout);
     pending->keep(output);
     pending->keep(input);
@@ -161,6 +159,7 @@ class MpiGroup : public ProcessGroup {
 
   Work all_to_all(at::Tensor output, at::Tensor input, std::span<const int64_t> receive_counts,
                   std::span<const int64_t> send_counts, Milliseconds timeout) override {
+    check_all_to_all(*this, output, input, receive_counts, send_counts);
     auto pending = begin("all_to_all", input, timeout, /*check_size=*/false);
     exchange(*pending, output, input, receive_counts, send_counts);
     return Work(std::move(pending));
@@ -355,10 +354,6 @@ class MpiGroup : public ProcessGroup {
   // The all-to-all itself: piece q of `input` to rank q, as many sends as peers, each step between other pairs.
   void exchange(Pending& pending, const at::Tensor& output, const at::Tensor& input,
                 std::span<const int64_t> receive_counts, std::span<const int64_t> send_counts) {
-    LOCKSTEP_CHECK(output.numel() == std::accumulate(receive_counts.begin(), receive_counts.end(), int64_t{0}) &&
-                   input.numel() == std::accumulate(send_counts.begin(), send_counts.end(), int64_t{0}) &&
-                   receive_counts[rank_] == send_counts[rank_])
-        << pending.doing() << ": counts do not add up to the tensors' sizes";
     pending.keep(output);
     pending.keep(input);
     std::vector<int64_t> to_offsets(size_, 0), from_offsets(size_, 0);

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 #include <fstream>
-#include <numeric>
 #include <thread>
 
 #include <sched.h>
@@ -14,6 +13,8 @@
 
 #include <lockstep/base/error.h>
 #include <lockstep/collectives/shm_group.h>
+
+#include "call_checks.h"
 
 namespace lockstep {
 namespace {
@@ -53,8 +54,7 @@ class ShmGroup : public ProcessGroup {
   }
 
   Work reduce_scatter(at::Tensor output, at::Tensor input, ReduceOp op, Milliseconds timeout) override {
-    LOCKSTEP_CHECK(input.numel() == output.numel() * size())
-        << "reduce_scatter of " << input.numel() << " elements into " << output.numel() << " on " << size() << " ranks";
+    check_reduce_scatter(*this, output, input);
     channel_->refuse_if_broken("reduce_scatter");
     return Work(shm_reduce_scatter(channel_, output, input, op, timeout));
   }
@@ -66,19 +66,14 @@ class ShmGroup : public ProcessGroup {
 
   Work all_gather_uneven(at::Tensor output, at::Tensor input, std::span<const int64_t> counts,
                          Milliseconds timeout) override {
-    LOCKSTEP_CHECK(input.numel() == counts[rank()] &&
-                   output.numel() == std::accumulate(counts.begin(), counts.end(), int64_t{0}))
-        << "all_gather of " << input.numel() << " elements into " << output.numel();
+    check_all_gather(*this, output, input, counts);
     channel_->refuse_if_broken("all_gather");
     return Work(shm_all_gather(channel_, output, input, counts, timeout));
   }
 
   Work all_to_all(at::Tensor output, at::Tensor input, std::span<const int64_t> receive_counts,
                   std::span<const int64_t> send_counts, Milliseconds timeout) override {
-    LOCKSTEP_CHECK(output.numel() == std::accumulate(receive_counts.begin(), receive_counts.end(), int64_t{0}) &&
-                   input.numel() == std::accumulate(send_counts.begin(), send_counts.end(), int64_t{0}) &&
-                   receive_counts[rank()] == send_counts[rank()])
-        << "all_to_all: counts do not add up to the tensors' sizes";
+    check_all_to_all(*this, output, input, receive_counts, send_counts);
     channel_->refuse_if_broken("all_to_all");
     return Work(shm_all_to_all(channel_, output, input, receive_counts, send_counts, timeout));
   }

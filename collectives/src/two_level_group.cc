@@ -11,6 +11,7 @@
 #include <lockstep/collectives/ordered_reduction.h>
 #include <lockstep/collectives/shm_group.h>
 
+#include "call_checks.h"
 #include "shm_group.h"
 
 namespace lockstep {
@@ -235,8 +236,7 @@ class TwoLevelGroup : public ProcessGroup {
   }
 
   Work reduce_scatter(at::Tensor output, at::Tensor input, ReduceOp op, Milliseconds timeout) override {
-    LOCKSTEP_CHECK(input.numel() == output.numel() * size())
-        << "reduce_scatter of " << input.numel() << " elements into " << output.numel() << " on " << size() << " ranks";
+    check_reduce_scatter(*this, output, input);
     const std::vector<int64_t> counts(size(), output.numel());
     const at::Tensor rows = at::empty({size(), output.numel()}, input.options());
     return start(
@@ -251,9 +251,7 @@ class TwoLevelGroup : public ProcessGroup {
 
   Work all_gather_uneven(at::Tensor output, at::Tensor input, std::span<const int64_t> counts,
                          Milliseconds timeout) override {
-    LOCKSTEP_CHECK(input.numel() == counts[rank()] &&
-                   output.numel() == std::accumulate(counts.begin(), counts.end(), int64_t{0}))
-        << "all_gather of " << input.numel() << " elements into " << output.numel();
+    check_all_gather(*this, output, input, counts);
     std::vector<Spread::Part> parts;
     int64_t offset = 0;
     for (int rank = 0; rank < size(); ++rank) {
@@ -270,10 +268,7 @@ class TwoLevelGroup : public ProcessGroup {
 
   Work all_to_all(at::Tensor output, at::Tensor input, std::span<const int64_t> receive_counts,
                   std::span<const int64_t> send_counts, Milliseconds timeout) override {
-    LOCKSTEP_CHECK(output.numel() == std::accumulate(receive_counts.begin(), receive_counts.end(), int64_t{0}) &&
-                   input.numel() == std::accumulate(send_counts.begin(), send_counts.end(), int64_t{0}) &&
-                   receive_counts[rank()] == send_counts[rank()])
-        << "all_to_all: counts do not add up to the tensors' sizes";
+    check_all_to_all(*this, output, input, receive_counts, send_counts);
     return start(
         "all_to_all" + of(input), timeout,
         [&] { return exchange(output, input, receive_counts, send_counts, timeout); }, {}, [] { return nullptr; });

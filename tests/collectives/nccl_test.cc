@@ -44,11 +44,11 @@ TEST_F(NcclTest, MemoryThatIsLetGoIsNotReusedUnderACollective) {
   run([](ProcessGroup& group, at::TensorOptions device) {
     std::vector<at::Tensor> sums;
     for (int i = 0; i < 50; ++i) {
-      at::Tensor x = at::full({1 << 20}, i, device);
+      at::Tensor x = at::full({1 << 20}, i, device.dtype(at::kFloat));
       at::Tensor all = at::empty({(int64_t{1} << 20) * group.size()}, device);
       group.all_gather(all, x).wait();  // only the stream waits
       x.reset();
-      at::full({1 << 20}, -1, device);  // would lie where x was
+      at::full({1 << 20}, -1, device.dtype(at::kFloat));  // would lie where x was
       sums.push_back(all.sum());
     }
     for (int i = 0; i < 50; ++i) EXPECT_EQ(sums[i].item<float>(), static_cast<float>(i) * group.size() * (1 << 20));

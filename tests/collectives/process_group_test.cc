@@ -534,7 +534,7 @@ TEST_P(ProcessGroupTest, CallsThatDifferNameTwoRanksWhereTheyAreCompared) {
   });
 }
 
-TEST_P(ProcessGroupTest, SizesThatDoNotFitAreRefusedBeforeAnythingIsSent) {
+TEST_P(ProcessGroupTest, SizesAndDtypesThatDoNotFitAreRefusedBeforeAnythingIsSent) {
   run([](ProcessGroup& group) {
     const int64_t p = group.size();
     const auto vector = [](int64_t numel) { return at::full({numel}, 1, at::kFloat); };
@@ -543,6 +543,11 @@ TEST_P(ProcessGroupTest, SizesThatDoNotFitAreRefusedBeforeAnythingIsSent) {
     EXPECT_THROW(group.all_gather(vector(3 * p + 1), vector(3)), CheckFailed);
     EXPECT_THROW(group.all_gather_uneven(vector(2 * p), vector(3), twos), CheckFailed);
     EXPECT_THROW(group.all_to_all(vector(2 * p + 1), vector(2 * p), twos, twos), CheckFailed);
+    const auto wide = [](int64_t numel) { return at::full({numel}, 1, at::kDouble); };
+    EXPECT_THROW(group.reduce_scatter(vector(3), wide(3 * p)), CheckFailed);
+    EXPECT_THROW(group.all_gather(vector(3 * p), wide(3)), CheckFailed);
+    EXPECT_THROW(group.all_gather_uneven(vector(2 * p), wide(2), twos), CheckFailed);
+    EXPECT_THROW(group.all_to_all(vector(2 * p), wide(2 * p), twos, twos), CheckFailed);
   });
 }
 

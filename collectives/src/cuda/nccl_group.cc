@@ -12,6 +12,7 @@
 
 #include <lockstep/base/error.h>
 
+#include "call_checks.h"
 #include "nccl_communicator.h"
 
 namespace lockstep {
@@ -166,8 +167,7 @@ class NcclGroup : public ProcessGroup {
   }
 
   Work reduce_scatter(at::Tensor output, at::Tensor input, ReduceOp op, Milliseconds timeout) override {
-    LOCKSTEP_CHECK(input.numel() == output.numel() * size_)
-        << "reduce_scatter of " << input.numel() << " elements into " << output.numel() << " on " << size_ << " ranks";
+    check_reduce_scatter(*this, output, input);
     Launch launch = begin(describe("reduce_scatter", input), timeout);
     void* into = launch.brings_back(output);
     const void* from = launch.brings(input);
@@ -178,8 +178,8 @@ class NcclGroup : public ProcessGroup {
   }
 
   Work all_gather(at::Tensor output, at::Tensor input, Milliseconds timeout) override {
-    LOCKSTEP_CHECK(output.numel() == input.numel() * size_)
-        << "all_gather of " << input.numel() << " elements into " << output.numel() << " on " << size_ << " ranks";
+    const std::vector<int64_t> counts(size_, input.numel());
+    check_all_gather(*this, output, input, counts);
     Launch launch = begin(describe("all_gather", output), timeout);
     void* into = launch.brings_back(output);
     const void* from = launch.brings(input);
@@ -190,20 +190,14 @@ class NcclGroup : public ProcessGroup {
 
   Work all_gather_uneven(at::Tensor output, at::Tensor input, std::span<const int64_t> counts,
                          Milliseconds timeout) override {
-    LOCKSTEP_CHECK(static_cast<int>(counts.size()) == size_ && input.numel() == counts[rank_] &&
-                   output.numel() == std::accumulate(counts.begin(), counts.end(), int64_t{0}))
-        << "all_gather of " << input.numel() << " elements into " << output.numel();
+    check_all_gather(*this, output, input, counts);
     const std::vector<int64_t> offsets(size_, 0), sent(size_, input.numel());
     return exchange(describe("all_gather", output), output, input, counts, sent, offsets, timeout);
   }
 
   Work all_to_all(at::Tensor output, at::Tensor input, std::span<const int64_t> receive_counts,
                   std::span<const int64_t> send_counts, Milliseconds timeout) override {
-    LOCKSTEP_CHECK(static_cast<int>(receive_counts.size()) == size_ && static_cast<int>(send_counts.size()) == size_ &&
-                   output.numel() == std::accumulate(receive_counts.begin(), receive_counts.end(), int64_t{0}) &&
-                   input.numel() == std::accumulate(send_counts.begin(), send_counts.end(), int64_t{0}) &&
-                   receive_counts[rank_] == send_counts[rank_])
-        << "all_to_all in group " << name() << ": counts do not add up to the tensors' sizes";
+    check_all_to_all(*this, output, input, receive_counts, send_counts);
     std::vector<int64_t> offsets(size_, 0);
     std::partial_sum(send_counts.begin(), send_counts.end() - 1, offsets.begin() + 1);
     return exchange(describe("all_to_all", input), output, input, receive_counts, send_counts, offsets, timeout);
