@@ -118,14 +118,15 @@ TEST_F(NcclGroupTest, AnOlderLibraryThanTheHeadersIsRefused) {
 
 TEST_F(NcclGroupTest, ACollectiveFollowsTheCallersStreamAndTheCallersStreamFollowsIt) {
   at::Tensor x = device_tensor("x", 5);
-  Work work = join().all_reduce(x, ReduceOp::kMax);
+  ProcessGroup& group = join();
+  double_.set([](NcclDouble& d) { d.events_stay_pending = true; });
+  Work work = group.all_reduce(x, ReduceOp::kMax);
   EXPECT_THAT(double_.take(), ElementsAre("cudaEventRecord(event1, current)", "cudaStreamWaitEvent(stream1, event1)",
                                           "keep(x, stream1)", "ncclAllReduce(x to x, 5 f32 max, comm1, stream1)",
                                           "cudaEventRecord(event2, stream1)"));
   int device = -1;
   cudaGetDevice(&device);
   EXPECT_EQ(device, 0) << "the caller's device did not come back";
-  double_.set([](NcclDouble& d) { d.events_stay_pending = true; });
   EXPECT_FALSE(work.poll());
   work.wait();  // the event has not come: the host goes on, the stream waits
   EXPECT_THAT(double_.take({"cudaStreamWaitEvent"}), ElementsAre("cudaStreamWaitEvent(current, event2)"));
@@ -347,7 +348,9 @@ TEST_F(NcclGroupTest, AKernelThatHangsIsFoundWithoutAnyoneWaitingAndCloseSaysSo)
   double_.set([](NcclDouble& d) { d.events_stay_pending = true; });
   Work work = group.all_reduce(device_tensor("x", 5), ReduceOp::kSum, 60ms);
   work.wait();  // handed to the stream; the host has gone on
+  const int asked = double_.count("cudaEventQuery");
   EXPECT_TRUE(comes_true([&] { return double_.count("ncclCommAbort") == 1; }));
+  EXPECT_EQ(double_.count("cudaEventQuery"), asked) << "who finds it may not wait for the driver";
   EXPECT_THAT(message_of([&] { group.close(); }),
               HasSubstr("[rank 1/3] all_reduce of 5 Float (call 1) in group world timed out after 60 ms"));
   group.close();
@@ -421,6 +424,7 @@ TEST_F(NcclGroupTest, AnErrorInsideAGroupCallStillEndsTheGroupCall) {
 
 TEST_F(NcclGroupTest, ABadDeviceIsTheNodesFault) {
   ProcessGroup& group = join();
+  double_.set([](NcclDouble& d) { d.events_stay_pending = true; });
   Work work = group.all_reduce(device_tensor("x", 5), ReduceOp::kSum);
   double_.set([](NcclDouble& d) { d.event_error = cudaErrorECCUncorrectable; });
   EXPECT_THAT(message_of([&] { work.wait(); }, ExitCode::kNodeBad), HasSubstr("cudaErrorECCUncorrectable"));

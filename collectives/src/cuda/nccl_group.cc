@@ -1,8 +1,10 @@
 #include "nccl_group.h"
 
-#include <atomic>
+#include <algorithm>
 #include <condition_variable>
+#include <iterator>
 #include <numeric>
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -14,6 +16,7 @@
 
 #include "call_checks.h"
 #include "nccl_communicator.h"
+#include "stream_progress.h"
 
 namespace lockstep {
 namespace {
@@ -147,6 +150,7 @@ class NcclGroup : public ProcessGroup {
                  "making a stream for " + comm_->name());
       made->reset(stream);
     }
+    passed_.emplace("making the record of what " + comm_->name() + " has done");
     watcher_ = std::thread([this] { watch(); });
   }
 
@@ -254,6 +258,7 @@ class NcclGroup : public ProcessGroup {
   struct InFlight {
     Task task;
     UniqueEvent done;
+    uint32_t mark = 0;  // in passed_
     std::vector<at::Tensor> kept;
     std::vector<Staged> staged;
   };
@@ -295,7 +300,7 @@ class NcclGroup : public ProcessGroup {
 
     bool poll() override {
       group_.flush();
-      if (group_.progress(*operation_) == Progress::kUnderWay) return false;
+      if (group_.progress(*operation_) == Progress::kUnderWay && !group_.has_failed(*operation_)) return false;
       group_.comm_->check(operation_->task);
       for (Staged& staged : operation_->staged) staged.fetch(group_.fetches_.get(), operation_->task.doing);
       operation_->kept.clear();
@@ -394,13 +399,16 @@ class NcclGroup : public ProcessGroup {
     comm_->run(operation->task, enqueue);
     try {
       operation->done = record_event(stream_.get(), operation->task.doing);
+      operation->mark = passed_->mark(stream_.get(), operation->task.doing);
     } catch (const CollectiveError& error) {
       comm_->give_up(error.what(), error.exit_code());  // it runs, but nobody could know when it is done
       throw;
     }
+    std::vector<std::shared_ptr<InFlight>> ended;  // freed by this thread, and without the lock
     {
       const std::lock_guard lock(watch_mutex_);
       in_flight_.push_back(operation);
+      ended.swap(ended_);
     }
     watch_changed_.notify_one();
   }
@@ -472,15 +480,12 @@ class NcclGroup : public ProcessGroup {
     });
   }
 
-  // Ends the group when the operation failed or its time is over; tells nobody, for the watcher asks too.
+  // Ends the group when a peer is lost or the time is over; tells nobody, for the watcher asks too: no call of CUDA.
   Progress progress(const InFlight& operation) {
     if (comm_->is_lost()) return Progress::kLost;
-    const cudaError_t code = cudaEventQuery(operation.done.get());
-    if (code == cudaSuccess) return Progress::kDone;
+    if (passed_->has_passed(operation.mark)) return Progress::kDone;
     comm_->is_settled(operation.task);
-    if (code != cudaErrorNotReady) {
-      give_up(operation, code);
-    } else if (NcclCommunicator::Clock::now() > operation.task.deadline) {
+    if (NcclCommunicator::Clock::now() > operation.task.deadline) {
       comm_->give_up(
           operation.task.doing + " timed out after " + std::to_string(operation.task.timeout.count()) +
           " ms. Mend: look for the first ERROR of another rank; run again to go on from the last checkpoint");
@@ -488,33 +493,43 @@ class NcclGroup : public ProcessGroup {
     return comm_->is_lost() ? Progress::kLost : Progress::kUnderWay;
   }
 
-  void give_up(const InFlight& operation, cudaError_t code) {
+  // What the device says; then the group is ended.
+  bool has_failed(const InFlight& operation) {
+    const cudaError_t code = cudaEventQuery(operation.done.get());
+    if (code == cudaSuccess || code == cudaErrorNotReady) return false;
     try {
       check_cuda(code, operation.task.doing);
     } catch (const CollectiveError& error) {
       comm_->give_up(error.what(), error.exit_code());
     }
+    return true;
   }
 
   bool is_idle() {
     const std::lock_guard lock(watch_mutex_);
-    forget_what_ended();
-    return in_flight_.empty();
+    set_aside_what_ended();
+    ended_.clear();
+    return std::none_of(in_flight_.begin(), in_flight_.end(),
+                        [&](const auto& operation) { return !has_failed(*operation); });
   }
 
-  void forget_what_ended() {
-    std::erase_if(in_flight_, [&](const auto& operation) { return progress(*operation) != Progress::kUnderWay; });
+  // Not freed here: that calls CUDA.
+  void set_aside_what_ended() {
+    const auto ended = std::partition(in_flight_.begin(), in_flight_.end(), [&](const auto& operation) {
+      return progress(*operation) == Progress::kUnderWay;
+    });
+    std::move(ended, in_flight_.end(), std::back_inserter(ended_));
+    in_flight_.erase(ended, in_flight_.end());
   }
 
   void watch() {
-    cudaSetDevice(device_);
     std::unique_lock lock(watch_mutex_);
     while (!is_stopping_) {
       if (in_flight_.empty()) {
         watch_changed_.wait(lock, [&] { return is_stopping_ || !in_flight_.empty(); });
       } else {
         watch_changed_.wait_for(lock, watch_interval_, [&] { return is_stopping_; });
-        forget_what_ended();
+        set_aside_what_ended();
       }
     }
   }
@@ -533,6 +548,7 @@ class NcclGroup : public ProcessGroup {
   const Milliseconds timeout_;
   const std::shared_ptr<const TorchDevice> torch_;
   const Milliseconds watch_interval_;
+  std::optional<StreamProgress> passed_;
   UniqueStream stream_, fetches_;
   Batch batch_;
   int64_t sequence_ = 0;
@@ -540,7 +556,7 @@ class NcclGroup : public ProcessGroup {
   std::thread watcher_;
   std::mutex watch_mutex_;
   std::condition_variable watch_changed_;
-  std::vector<std::shared_ptr<InFlight>> in_flight_;  // declared after the stream: their memory is given back to it
+  std::vector<std::shared_ptr<InFlight>> in_flight_, ended_;  // after the stream: their memory is given back to it
   bool is_stopping_ = false;
 };
 

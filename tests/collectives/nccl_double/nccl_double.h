@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <map>
 #include <mutex>
@@ -57,6 +58,7 @@ class NcclDouble {
   ncclResult_t async_state(const void* comm);
   bool is_ready(const void* comm);
   cudaError_t event_state();
+  void mark(std::atomic<uint32_t>* memory, uint32_t value);  ///< written when kernels end
 
  private:
   std::recursive_mutex mutex_;
@@ -69,6 +71,9 @@ class NcclDouble {
   };
   std::map<const char*, Named> names_;
   std::map<const char*, int> polls_left_;  // by communicator
+  std::vector<std::pair<std::atomic<uint32_t>*, uint32_t>> marks_;
+
+  void pass();
 };
 
 }  // namespace lockstep
