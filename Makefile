@@ -39,7 +39,7 @@ deep: build  ## the long numbers: hours
 bench:  ## training and start-up beside PyTorch on this machine; writes build/bench.json
 	@cmake/setup.sh test
 	@mkdir -p build && $(call CONFIGURE,release,)
-	@cmake --build $(BUILD) -j $(JOBS) --target lockstep tokenize gpt
+	@cmake --build $(BUILD) -j $(JOBS) --target lockstep tokenize gpt all_reduce_bench checkpoint_bench overlap_bench
 	@examples/gpt/fetch_data.sh
 	@build/deps/venv/bin/python tests/bench/bench.py
 

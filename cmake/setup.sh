@@ -62,7 +62,7 @@ install_python() {
   local venv=$deps/venv
   echo "setup.sh: the Python environment of the tests (once)"
   python3 -m venv "$venv"
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --find-links "$cache" -r "$root/tests/python/requirements.txt"
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile --find-links "$cache" -r "$root/tests/python/requirements.txt"
 }
 
 install_packages

@@ -35,31 +35,6 @@ std::vector<at::Tensor> exact_pieces(const std::vector<at::Tensor>& tensors) {
 at::Tensor cut(const at::Tensor& terms, double cutter) { return terms.add(cutter).sub_(cutter); }
 at::Tensor count(const at::Tensor& cuts, double quantum) { return cuts.div(quantum).to(at::kLong).sum(); }
 
-ExactSum squares_on_device(const std::vector<at::Tensor>& tensors) {
-  ExactSum sum;
-  const std::vector<at::Tensor> pieces = exact_pieces(tensors);
-  if (pieces.empty()) return sum;
-  std::vector<at::Tensor> largest, quanta;
-  for (const at::Tensor& piece : pieces) largest.push_back(piece.abs().max());
-  const at::Tensor bounds = at::stack(largest).cpu();
-  std::vector<ExactSum::Cut> cuts;
-  for (size_t i = 0; i < pieces.size(); ++i) {
-    const double bound = bounds.const_data_ptr<float>()[i];
-    if (!std::isfinite(bound)) {
-      sum.add(bound);  // the flag is all that counts now
-      return sum;
-    }
-    cuts.push_back(ExactSum::cut_for(bound * bound));
-    const at::Tensor squares = pieces[i].to(at::kDouble).square_(), high = cut(squares, cuts[i].high_cutter);
-    quanta.push_back(count(high, cuts[i].high_quantum));
-    quanta.push_back(count(cut(squares.sub_(high), cuts[i].low_cutter), cuts[i].low_quantum));
-  }
-  const at::Tensor counts = at::stack(quanta).cpu();
-  const auto* numbers = counts.const_data_ptr<int64_t>();
-  for (size_t i = 0; i < pieces.size(); ++i) sum.add_quanta(cuts[i].bin, numbers[2 * i], numbers[2 * i + 1]);
-  return sum;
-}
-
 }  // namespace
 
 void add_into(const at::Tensor& target, const at::Tensor& term) { add_to(target, target, term); }
@@ -90,10 +65,38 @@ void fill_nothing(const at::Tensor& out, int64_t begin, int64_t numel) {
 }
 
 ExactSum squares_of(const std::vector<at::Tensor>& tensors) {
-  if (!tensors.empty() && !tensors[0].is_cpu()) return squares_on_device(tensors);
+  if (!tensors.empty() && !tensors[0].is_cpu()) return squares_by_kernels(tensors);
   ExactSum sum;
   for (const at::Tensor& tensor : tensors)
     sum.add_squares({tensor.const_data_ptr<float>(), static_cast<size_t>(tensor.numel())});
+  return sum;
+}
+
+ExactSum squares_by_kernels(const std::vector<at::Tensor>& tensors) {
+  ExactSum sum;
+  const std::vector<at::Tensor> pieces = exact_pieces(tensors);
+  if (pieces.empty()) return sum;
+  std::vector<at::Tensor> largest, quanta;
+  for (const at::Tensor& piece : pieces) largest.push_back(piece.abs().max());
+  const at::Tensor bounds = at::stack(largest).cpu();
+  std::vector<int> bins;
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    const double bound = bounds.const_data_ptr<float>()[i];
+    if (!std::isfinite(bound)) {
+      sum.add(bound);  // the flag is all that counts now
+      return sum;
+    }
+    if (bound == 0) continue;
+    const ExactSum::Cut by = ExactSum::cut_for(bound * bound);
+    const at::Tensor squares = pieces[i].to(at::kDouble).square_(), high = cut(squares, by.high_cutter);
+    quanta.push_back(count(high, by.high_quantum));
+    quanta.push_back(count(cut(squares.sub_(high), by.low_cutter), by.low_quantum));
+    bins.push_back(by.bin);
+  }
+  if (bins.empty()) return sum;
+  const at::Tensor counts = at::stack(quanta).cpu();
+  const auto* numbers = counts.const_data_ptr<int64_t>();
+  for (size_t i = 0; i < bins.size(); ++i) sum.add_quanta(bins[i], numbers[2 * i], numbers[2 * i + 1]);
   return sum;
 }
 

@@ -25,7 +25,9 @@ void add_run(const at::Tensor& out, int64_t out_begin, const at::Tensor& a, cons
 void copy_run(const at::Tensor& out, int64_t out_begin, const at::Tensor& in, int64_t begin, int64_t numel);
 void fill_nothing(const at::Tensor& out, int64_t begin, int64_t numel);
 
-/// The squares of all elements; the same bits whatever they are split into. On a GPU the host waits twice.
+/// The squares of all elements; the same bits whatever they are split into.
 ExactSum squares_of(const std::vector<at::Tensor>& tensors);
+/// The same by LibTorch's kernels, as squares_of() takes them on a GPU, where the host waits twice.
+ExactSum squares_by_kernels(const std::vector<at::Tensor>& tensors);
 
 }  // namespace lockstep

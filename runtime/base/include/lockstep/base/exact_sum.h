@@ -21,8 +21,9 @@ class ExactSum {
   /// Adds the squares of `values` (exact in double before the cut). Sets the non-finite flag instead when one is inf or
   /// nan.
   void add_squares(std::span<const float> values);
-  /// How terms of at most `magnitude` are cut, for who cuts and counts elsewhere, as on a GPU: high = (term +
-  /// high_cutter) - high_cutter, low = ((term - high) + low_cutter) - low_cutter, each a number of quanta below 2^39.
+  /// How terms of at most `magnitude`, which is positive, are cut, for who cuts and counts elsewhere, as on a GPU: high
+  /// = (term + high_cutter) - high_cutter, low = ((term - high) + low_cutter) - low_cutter, each a number of quanta
+  /// below 2^39.
   struct Cut {
     int bin;
     double high_cutter, low_cutter, high_quantum, low_quantum;
