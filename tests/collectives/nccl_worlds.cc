@@ -2,19 +2,17 @@
 // that share a GPU pose as hosts of their own, for two ranks of one host on one GPU are a mistake to NCCL.
 #include "nccl_worlds.h"
 
-#include <cstdio>
 #include <cstdlib>
-#include <exception>
 #include <thread>
 #include <utility>
 
 #include <gtest/gtest.h>
 #include <mpi.h>
 
-#include <lockstep/base/error.h>
 #include <lockstep/collectives/arithmetic.h>
 
 #include "../sharding/forwarding_group.h"
+#include "run_or_abort.h"
 
 namespace lockstep {
 namespace {
@@ -118,7 +116,7 @@ std::vector<World> worlds() {
 void run_ranks(const World& world, const std::function<void(ProcessGroup&)>& body) {
   if (!cuda_state().has_driver) GTEST_SKIP() << "no GPU: " << cuda_state().why;
   ASSERT_NE(cuda_state().plugin, nullptr) << cuda_state().why;
-  try {
+  run_or_abort(world, [&] {
     configure_arithmetic(1);
     const CudaPlugin& plugin = *cuda_state().plugin;
     if (world.size > plugin.device_count()) {
@@ -142,11 +140,7 @@ void run_ranks(const World& world, const std::function<void(ProcessGroup&)>& bod
       body(*group);
     }
     group->close();
-  } catch (...) {
-    const Failure failure = describe_current_exception();
-    std::fprintf(stderr, "[  FAILED  ] %s: %s\n", world.name.c_str(), failure.message.c_str());
-    MPI_Abort(MPI_COMM_WORLD, static_cast<int>(failure.code));  // the others wait for this rank
-  }
+  });
 }
 
 }  // namespace lockstep

@@ -1,17 +1,15 @@
 // Ranks as processes that share memory: mpirun decides how many.
-#include <cstdio>
-#include <exception>
 #include <optional>
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/CPUAllocator.h>
 #include <mpi.h>
 
-#include <lockstep/base/error.h>
 #include <lockstep/collectives/arithmetic.h>
 #include <lockstep/collectives/mpi_group.h>
 #include <lockstep/collectives/shm_group.h>
 
+#include "run_or_abort.h"
 #include "worlds.h"
 
 namespace lockstep {
@@ -48,7 +46,7 @@ class MappedTensors : public c10::Allocator {
 };
 
 void run_ranks(const World& world, const std::function<void(ProcessGroup&)>& body) {
-  try {
+  run_or_abort(world, [&] {
     configure_arithmetic(1);
     ShmOptions options;
     if (world.call_limit_elements > 0) options = {.round_bytes = int64_t{64} * world.size, .letter_bytes = 0};
@@ -58,11 +56,7 @@ void run_ranks(const World& world, const std::function<void(ProcessGroup&)>& bod
       mapped.emplace(*group);
     body(*group);
     group->close();
-  } catch (...) {
-    const Failure failure = describe_current_exception();
-    std::fprintf(stderr, "[  FAILED  ] %s: %s\n", world.name.c_str(), failure.message.c_str());
-    MPI_Abort(MPI_COMM_WORLD, static_cast<int>(failure.code));  // the others wait for this rank
-  }
+  });
 }
 
 }  // namespace lockstep

@@ -1,14 +1,11 @@
 // Ranks of one machine that pretend to live on several nodes.
-#include <cstdio>
-#include <exception>
-
 #include <mpi.h>
 
-#include <lockstep/base/error.h>
 #include <lockstep/collectives/arithmetic.h>
 #include <lockstep/collectives/mpi_group.h>
 #include <lockstep/collectives/shm_group.h>
 
+#include "run_or_abort.h"
 #include "worlds.h"
 
 namespace lockstep {
@@ -36,7 +33,7 @@ std::vector<World> worlds() {
 }
 
 void run_ranks(const World& world, const std::function<void(ProcessGroup&)>& body) {
-  try {
+  run_or_abort(world, [&] {
     configure_arithmetic(1);
     std::vector<int> nodes;
     for (const auto& place : kPlaces) {
@@ -47,11 +44,7 @@ void run_ranks(const World& world, const std::function<void(ProcessGroup&)>& bod
         make_two_level_group(make_mpi_world(), nodes, {.round_bytes = int64_t{64} * world.size, .letter_bytes = 128});
     body(*group);
     group->close();
-  } catch (...) {
-    const Failure failure = describe_current_exception();
-    std::fprintf(stderr, "[  FAILED  ] %s: %s\n", world.name.c_str(), failure.message.c_str());
-    MPI_Abort(MPI_COMM_WORLD, static_cast<int>(failure.code));  // the others wait for this rank
-  }
+  });
 }
 
 }  // namespace lockstep

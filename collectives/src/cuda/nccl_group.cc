@@ -143,9 +143,9 @@ class NcclGroup : public ProcessGroup {
     const DeviceGuard guard(device_);
     int low = 0, high = 0;
     check_cuda(cudaDeviceGetStreamPriorityRange(&low, &high), "asking for stream priorities");
+    // Before compute, for others wait for what is sent; off the legacy default stream.
     for (UniqueStream* made : {&stream_, &fetches_}) {
-      cudaStream_t stream =
-          nullptr;  // before compute, for others wait for what it sends; off the legacy default stream
+      cudaStream_t stream = nullptr;
       check_cuda(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, high),
                  "making a stream for " + comm_->name());
       made->reset(stream);
