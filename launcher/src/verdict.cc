@@ -12,7 +12,8 @@
 namespace lockstep::launcher {
 namespace {
 
-constexpr int kRunAgain = static_cast<int>(ExitCode::kRunAgain), kBug = static_cast<int>(ExitCode::kBug);
+constexpr int kRunAgain = static_cast<int>(ExitCode::kRunAgain), kBug = static_cast<int>(ExitCode::kBug),
+              kHang = static_cast<int>(ExitCode::kHang);
 // mpirun 4.1's for a daemon that is gone, and ssh's for a connection that is.
 constexpr int kDaemonGone = 205, kConnectionGone = 255;
 
@@ -79,6 +80,8 @@ std::string say(const std::string& first_failure, const ClusterFinding& death) {
   return who + " on " + verdict.hosts[0] + first_failure.substr(who.size());
 }
 
+bool is_death(const ClusterFinding& finding) { return finding.verdict.cause == flight::Cause::kGone; }
+
 // The watch has ended the job: what mpirun then says is the consequence.
 Verdict verdict_of(const ClusterFinding& finding, const Evidence& evidence) {
   Verdict verdict;
@@ -86,7 +89,7 @@ Verdict verdict_of(const ClusterFinding& finding, const Evidence& evidence) {
                     .cause = finding.cause,
                     .was_asked = evidence.end.was_asked,
                     .was_ready = evidence.was_ready,
-                    .signature = finding.exit_code == static_cast<int>(ExitCode::kHang) ? "a hang" : "",
+                    .signature = finding.exit_code == kHang && !is_death(finding) ? "a hang" : "",
                     .step = finding.step};
   verdict.first_failure = finding.verdict.message;
   return verdict;
@@ -94,7 +97,7 @@ Verdict verdict_of(const ClusterFinding& finding, const Evidence& evidence) {
 
 std::string signature_of(const Outcome& outcome, int signal, bool out_of_memory) {
   if (outcome.cause == Cause::kCrashed) return "signal " + std::to_string(signal);
-  if (outcome.exit_code == static_cast<int>(ExitCode::kHang)) return "a hang";
+  if (outcome.exit_code == kHang) return "a hang";
   return out_of_memory ? "out of memory" : "";
 }
 
@@ -102,13 +105,17 @@ std::string signature_of(const Outcome& outcome, int signal, bool out_of_memory)
 
 Verdict judge(const Evidence& evidence) {
   const JobEnd& end = evidence.end;
-  if (evidence.finding && end.was_ended_by_watch) return verdict_of(*evidence.finding, evidence);
+  const FailureRecord* root = root_of(evidence.failures);
+  // Where mpirun is slow to end the others they come to hang on the one that crashed.
+  const bool has_crashed = root && root->signal != 0 && !end.was_ended_by_us;
+  if (evidence.finding && end.was_ended_by_watch && !(has_crashed && is_death(*evidence.finding)))
+    return verdict_of(*evidence.finding, evidence);
   Outcome outcome = outcome_of_exit(evidence);
   Verdict verdict;
   if (outcome.exit_code == 0) return {{.was_asked = end.was_asked, .was_ready = evidence.was_ready}, std::nullopt};
-  const FailureRecord* root = root_of(evidence.failures);
   const bool has_cause = root && root->exit_code != kRunAgain && !end.was_ended_by_us;
-  if (has_cause && (outcome.exit_code == kRunAgain || outcome.exit_code == root->exit_code))
+  const bool is_consequence = outcome.exit_code == kRunAgain || (outcome.exit_code == kHang && has_crashed);
+  if (has_cause && (is_consequence || outcome.exit_code == root->exit_code))
     outcome = {root->exit_code, root->signal != 0 ? Cause::kCrashed : Cause::kThrown};
   int signal = WIFSIGNALED(end.status) ? WTERMSIG(end.status) : WEXITSTATUS(end.status) - 128;
   if (has_cause && root->signal != 0) signal = root->signal;

@@ -22,13 +22,22 @@ LOOPBACK = {"0100007F", "00000000000000000000000001000000"}  # as /proc/net/tcp 
 LISTEN, UNCONNECTED = "0A", "07"  # the states of TCP and UDP sockets that take from anyone
 
 
+def read(path):
+    """The bytes of a file that may go meanwhile: of a process that ends, of a job that runs."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
 def sockets_of(processes):
     found = set()
     for process in processes:
-        for number in os.listdir(f"/proc/{process}/fd"):
-            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-                link = os.readlink(f"/proc/{process}/fd/{number}")
-                found |= {link[8:-1]} if link.startswith("socket:[") else set()
+        with contextlib.suppress(FileNotFoundError):  # one that was just started for a moment is over
+            for number in os.listdir(f"/proc/{process}/fd"):
+                with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                    link = os.readlink(f"/proc/{process}/fd/{number}")
+                    found |= {link[8:-1]} if link.startswith("socket:[") else set()
     return found
 
 
@@ -59,7 +68,7 @@ def secrets_in(text):
 
 def check_words(processes):
     for process in processes:
-        words = pathlib.Path(f"/proc/{process}/cmdline").read_bytes()
+        words = read(pathlib.Path(f"/proc/{process}/cmdline"))
         assert not secrets_in(words), f"{secrets_in(words)} in the command line {words}"
 
 
@@ -67,7 +76,8 @@ def check_files(folder):
     looked_at = 0
     for path in folder.rglob("*"):
         if path.is_file():
-            assert not secrets_in(path.read_bytes()), f"{secrets_in(path.read_bytes())} in {path}"
+            found = secrets_in(read(path))
+            assert not found, f"{found} in {path}"
             looked_at += 1
     return looked_at
 
@@ -85,7 +95,7 @@ def main():
         try:
             job.until(lambda: runs.durable_step(run_dir) > 0, "a checkpoint is durable")
             processes = runs.processes_of(run_dir)
-            mpiruns = [process for process in processes if pathlib.Path(f"/proc/{process}/comm").read_text() == "mpirun\n"]
+            mpiruns = [process for process in processes if read(pathlib.Path(f"/proc/{process}/comm")) == b"mpirun\n"]
             ports, of_mpirun = listening(set(processes) - set(mpiruns)), open_to_all(mpiruns)
             assert ports, "the metrics endpoint listens, and is not seen"
             assert not open_to_all(set(processes) - set(mpiruns)), f"of ours, open to the network: {open_to_all(processes)}"

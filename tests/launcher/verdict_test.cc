@@ -104,6 +104,16 @@ TEST(Verdict, AHangIsRememberedByItsStep) {
   EXPECT_EQ(ending.step, 7);
 }
 
+TEST(Verdict, ACrashThatPeersCameToHangOnIsACrash) {
+  Evidence evidence = under_mpirun(exited(76));
+  evidence.failures = {record(0, 70, "died by signal 11 (Segmentation fault)", SIGSEGV), record(1, 76, "0 is gone")};
+  const Verdict verdict = judge(evidence);
+  EXPECT_EQ(verdict.ending.exit_code, 70);
+  EXPECT_EQ(verdict.ending.cause, Cause::kCrashed);
+  EXPECT_EQ(verdict.ending.signature, "signal 11") << "a hang at the same step later is another failure";
+  EXPECT_EQ(verdict.first_failure, "rank 0 died by signal 11 (Segmentation fault) at step 7");
+}
+
 TEST(Verdict, RanksThatWereEndedAfterTheGraceCountAsStopped) {
   Evidence evidence = under_mpirun(exited(0));
   evidence.end.was_asked = evidence.end.was_ended_by_us = true;
@@ -138,6 +148,20 @@ TEST(Verdict, WhatTheWatchFoundIsTheCauseAndNotWhatMpirunSaysWhenItIsEnded) {
   EXPECT_EQ(verdict.ending.signature, "") << "a host that is lost twice says nothing";
   evidence.end.was_ended_by_watch = false;  // it ended by itself, just before
   EXPECT_EQ(judge(evidence).first_failure.value_or("").find("host n3"), std::string::npos);
+}
+
+TEST(Verdict, ADeadRankThatTheWatchEndedTheJobForIsNoHang) {
+  Evidence evidence = under_mpirun(exited(76));
+  evidence.on_several_hosts = true;
+  evidence.end.was_ended_by_watch = true;
+  evidence.finding = finding(76, Cause::kThrown, "rank 2 (host n3, pid 7) is gone");
+  evidence.finding->verdict.cause = flight::Cause::kGone;
+  EXPECT_EQ(judge(evidence).ending.exit_code, 76);
+  EXPECT_EQ(judge(evidence).ending.signature, "") << "a kill that is repeated says nothing";
+  evidence.failures = {record(2, 70, "died by signal 11 (Segmentation fault)", SIGSEGV)};
+  EXPECT_EQ(judge(evidence).ending.signature, "signal 11");
+  evidence.finding->verdict.cause = flight::Cause::kNeverArrived;  // what then crashes did so because it was ended
+  EXPECT_EQ(judge(evidence).ending.signature, "a hang");
 }
 
 TEST(Verdict, ADeadRankHasItsHostAndThatHostsKernelCounts) {
