@@ -66,7 +66,10 @@ install_python() {
 }
 
 install_packages
-install_libtorch
-case $purpose in test|lint) install_python ;; esac
+[ "$purpose" = runtime ] || fetch_wheels "$here/wheels.txt"  # which both take it from
+trap wait EXIT  # also where Python's part fails: the other is not left behind
+install_libtorch & libtorch=$!
+[ "$purpose" = runtime ] || install_python
+wait $libtorch
 mkdir -p "$deps"
 touch "$stamp"

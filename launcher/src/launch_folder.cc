@@ -17,6 +17,7 @@
 
 #include <lockstep/base/error.h>
 #include <lockstep/base/fs.h>
+#include <lockstep/base/process.h>
 
 #include "hosts.h"
 #include "secure_channel.h"
@@ -29,44 +30,30 @@ using Clock = std::chrono::steady_clock;
 
 constexpr const char* kSharedMemory = "/dev/shm";
 
-// When a process began, in clock ticks since boot; empty when it is gone or a zombie. Field 22 of /proc/PID/stat; the
-// name in field 2 may hold anything, so we count from the last ')'.
-std::string start_time_of(const std::string& pid) {
-  std::ifstream file("/proc/" + pid + "/stat");
-  std::string stat, state, field;
-  std::getline(file, stat);
-  const size_t name_end = stat.rfind(')');
-  if (name_end == std::string::npos) return "";
-  std::istringstream fields(stat.substr(name_end + 1));
-  fields >> state;
-  for (int number = 4; number <= 22; ++number) fields >> field;
-  return state == "Z" || state == "X" ? "" : field;
-}
-
 std::string own_host() {
   std::string host = own_name();
   std::replace(host.begin(), host.end(), '.', '_');  // '.' separates
   return host;
 }
 
-std::string pid_namespace() {  // "pid:[4026531836]"
-  std::error_code ignored;
-  const std::string link = files::read_symlink("/proc/self/ns/pid", ignored).string();
-  return link.size() > 6 ? link.substr(5, link.size() - 6) : "0";
-}
-
 // lockstep-HOST.PID.STARTED.NAMESPACE.
 struct Owner {
-  std::string host, pid, started, pid_namespace;
+  std::string host;
+  pid_t pid = 0;
+  std::string started, pid_namespace;
 };
 
 std::string prefix_of(const Owner& owner) {
-  return "lockstep-" + owner.host + "." + owner.pid + "." + owner.started + "." + owner.pid_namespace + ".";
+  return "lockstep-" + owner.host + "." + std::to_string(owner.pid) + "." + owner.started + "." + owner.pid_namespace +
+         ".";
 }
 
-Owner myself() {
-  const std::string pid = std::to_string(::getpid());
-  return {own_host(), pid, start_time_of(pid), pid_namespace()};
+Owner myself() { return {own_host(), ::getpid(), start_time_of(::getpid()), std::to_string(pid_namespace())}; }
+
+std::optional<pid_t> parse_pid(const std::string& text) {
+  pid_t pid = 0;
+  const auto parsed = std::from_chars(text.data(), text.data() + text.size(), pid);
+  return parsed.ec == std::errc() && parsed.ptr == text.data() + text.size() ? std::optional(pid) : std::nullopt;
 }
 
 // nullopt: no name of ours.
@@ -76,9 +63,8 @@ std::optional<Owner> parse_owner(const std::string& name) {
   for (std::string part; std::getline(stream, part, '.');) parts.push_back(part);
   constexpr std::string_view kBegin = "lockstep-";
   if (parts.size() != 5 || !name.starts_with(kBegin)) return std::nullopt;
-  Owner owner{parts[0].substr(kBegin.size()), parts[1], parts[2], parts[3]};
-  const bool is_number = !owner.pid.empty() && owner.pid.find_first_not_of("0123456789") == std::string::npos;
-  return is_number ? std::optional(std::move(owner)) : std::nullopt;
+  const auto pid = parse_pid(parts[1]);
+  return pid ? std::optional(Owner{parts[0].substr(kBegin.size()), *pid, parts[2], parts[3]}) : std::nullopt;
 }
 
 bool is_our_directory(const std::string& path) {
@@ -119,10 +105,8 @@ std::vector<pid_t> processes_with(const std::string& word) {
   std::error_code error;
   for (files::directory_iterator entry("/proc", error), end; !error && entry != end; entry.increment(error)) {
     const std::string name = entry->path().filename();
-    pid_t pid = 0;
-    const auto parsed = std::from_chars(name.data(), name.data() + name.size(), pid);
-    if (parsed.ec != std::errc() || parsed.ptr != name.data() + name.size() || pid == ::getpid()) continue;
-    if (has_word(name, word) && !start_time_of(name).empty()) found.push_back(pid);
+    const auto pid = parse_pid(name);
+    if (pid && *pid != ::getpid() && has_word(name, word) && !start_time_of(*pid).empty()) found.push_back(*pid);
   }
   return found;
 }
@@ -133,7 +117,7 @@ std::string launcher_name() { return prefix_of(myself()) + "state"; }
 
 bool is_launcher_here(const std::string& name) {
   const auto owner = parse_owner(name);
-  return owner && owner->host == own_host() && owner->pid_namespace == pid_namespace();
+  return owner && owner->host == own_host() && owner->pid_namespace == std::to_string(pid_namespace());
 }
 
 bool is_dead_launcher(const std::string& name) {

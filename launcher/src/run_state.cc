@@ -66,6 +66,18 @@ void last_line(const std::string& path, Take take) {
   }
 }
 
+// The last value of `key`; 0: none.
+double last_number(const std::string& path, const char* key) {
+  double value = 0;
+  last_line(path, [&](const Json& line) {
+    const auto found = line.find(key);
+    const bool is_there = found != line.end() && found->is_number();
+    if (is_there) value = found->get<double>();
+    return is_there;
+  });
+  return value;
+}
+
 std::string state_path(const std::string& run_dir) { return run_dir + "/launch/supervisor.json"; }
 
 Json to_json(const SupervisorState& state) {
@@ -140,6 +152,14 @@ std::optional<int64_t> last_reported_step(const std::string& run_dir) {
     return step.has_value();
   });
   return step;
+}
+
+double last_save_seconds(const std::string& run_dir) {
+  return run_dir.empty() ? 0 : last_number(run_dir + "/ledger.jsonl", "save_s");
+}
+
+double last_step_seconds(const std::string& run_dir) {
+  return run_dir.empty() ? 0 : last_number(run_dir + "/metrics.jsonl", "step_s");
 }
 
 double seconds_in_steps(const std::string& run_dir, int64_t first, int64_t last) {

@@ -22,6 +22,8 @@ std::string program_run_dir(const std::vector<std::string>& words);
 /// not known.
 int64_t newest_durable_step(const std::string& run_dir);                ///< -1: none
 std::optional<int64_t> last_reported_step(const std::string& run_dir);  ///< of metrics.jsonl, some steps behind
+double last_save_seconds(const std::string& run_dir);                   ///< 0: none
+double last_step_seconds(const std::string& run_dir);                   ///< 0: none
 /// What the steps after `first`, up to `last`, took, in seconds; of a step that was done twice, what it took at last.
 double seconds_in_steps(const std::string& run_dir, int64_t first, int64_t last);
 /// The hosts that the ledger's last entry is sure to have found faulty (exit code 79).

@@ -8,8 +8,6 @@
 
 #include <sys/stat.h>
 
-#include <nlohmann/json.hpp>
-
 #include <lockstep/base/error.h>
 #include <lockstep/base/fs.h>
 
@@ -47,24 +45,12 @@ std::string checked(const Arguments& arguments, const char* flag, const char* pa
   throw ConfigError("--" + std::string(flag) + "='" + value + "' is not allowed. Mend: " + mend);
 }
 
-// The last value of `key` in a file with a JSON object a line; 0: none.
-double last_number(const std::string& path, const std::string& key) {
-  double value = 0;
-  std::ifstream file(path);
-  for (std::string line; std::getline(file, line);) {
-    if (line.find('"' + key + '"') == std::string::npos) continue;
-    const auto json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
-    if (json.is_object() && json.contains(key) && json[key].is_number()) value = json[key];
-  }
-  return value;
-}
-
 // What the warning leaves time for: the step that goes on, the save, and both being twice as slow as last time. Slurm
 // may warn up to a minute earlier, never later.
 int64_t measured_grace_s(const std::string& run_dir) {
-  const double save_s = last_number(run_dir + "/ledger.jsonl", "save_s");
-  if (run_dir.empty() || save_s <= 0) return 90;
-  const double step_s = last_number(run_dir + "/metrics.jsonl", "step_s");
+  const double save_s = last_save_seconds(run_dir);
+  if (save_s <= 0) return 90;
+  const double step_s = last_step_seconds(run_dir);
   return std::clamp<int64_t>(30 + static_cast<int64_t>(std::ceil(2 * (save_s + step_s))), 60, 6 * 3600);
 }
 

@@ -4,7 +4,6 @@
 #include <cstdio>
 #include <fstream>
 #include <optional>
-#include <sstream>
 #include <thread>
 
 #include <unistd.h>
@@ -13,6 +12,7 @@
 
 #include <lockstep/base/error.h>
 #include <lockstep/base/log.h>
+#include <lockstep/base/process.h>
 #include <lockstep/format/fencing.h>
 
 namespace lockstep::format {
@@ -28,20 +28,6 @@ std::string first_line(const std::string& path) {
   std::string text;
   std::getline(file, text);
   return text;
-}
-
-// When a process began, in clock ticks since boot: with the pid it names a process for good. Field 22 of /proc/PID/stat
-// (proc(5)); the name in field 2 may hold anything, so we count from the last ')'. Empty for none, and for a zombie,
-// which can write no more.
-std::string start_time_of(int64_t pid) {
-  const std::string stat = first_line("/proc/" + std::to_string(pid) + "/stat");
-  const size_t name_end = stat.rfind(')');
-  if (name_end == std::string::npos) return "";
-  std::istringstream fields(stat.substr(name_end + 1));
-  std::string state, field;
-  fields >> state;
-  for (int number = 4; number <= 22; ++number) fields >> field;
-  return state == "Z" || state == "X" ? "" : field;
 }
 
 std::string host_name() {
@@ -95,7 +81,7 @@ bool is_alive(Fs& fs, const std::string& run_dir, uint64_t epoch, const Starter&
   if (text_member(owner, "boot_id") == text_member(me, "boot_id") && text_member(owner, "host") == me["host"]) {
     const auto pid = owner.find("pid");
     if (pid == owner.end() || !pid->is_number_integer() || *pid == me["pid"]) return false;
-    const std::string started = start_time_of(pid->get<int64_t>());
+    const std::string started = start_time_of(pid->get<pid_t>());
     return !started.empty() && started == text_member(owner, "start_time");
   }
   if (const auto start = start_of_our_job(owner, starter)) return *start > starter.job_start;  // requeued elsewhere

@@ -9,11 +9,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <lockstep/base/process.h>
 #include <lockstep/base/unique_handle.h>
 #include <lockstep/flight/report.h>
 
 #include "clock.h"
-#include "process.h"
 
 namespace lockstep::flight {
 namespace {

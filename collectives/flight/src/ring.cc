@@ -13,11 +13,11 @@
 #include <unistd.h>
 
 #include <lockstep/base/error.h>
+#include <lockstep/base/process.h>
 #include <lockstep/base/unique_handle.h>
 #include <lockstep/flight/ring.h>
 
 #include "clock.h"
-#include "process.h"
 #include "rules.h"
 
 namespace lockstep::flight {

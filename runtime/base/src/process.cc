@@ -1,14 +1,13 @@
-#include "process.h"
-
 #include <charconv>
 #include <string_view>
 
 #include <fcntl.h>
 #include <sys/stat.h>
 
+#include <lockstep/base/process.h>
 #include <lockstep/base/unique_handle.h>
 
-namespace lockstep::flight {
+namespace lockstep {
 namespace {
 
 std::string read_small(const std::string& path) {
@@ -39,6 +38,11 @@ std::optional<ProcessStat> read_stat(pid_t pid) {
   return stat;
 }
 
+std::string start_time_of(pid_t pid) {
+  const auto stat = read_stat(pid);
+  return !stat || stat->state == 'Z' || stat->state == 'X' ? "" : std::to_string(stat->start_time);
+}
+
 std::string read_wchan(pid_t pid) {
   std::string name = read_small("/proc/" + std::to_string(pid) + "/wchan");
   return name == "0" ? std::string() : name.substr(0, 64);
@@ -49,4 +53,4 @@ uint64_t pid_namespace() {
   return ::stat("/proc/self/ns/pid", &found) == 0 ? found.st_ino : 0;
 }
 
-}  // namespace lockstep::flight
+}  // namespace lockstep
