@@ -22,6 +22,12 @@ if(LOCKSTEP_BUILD_TESTS)
   target_precompile_headers(lockstep_gtest_pch PRIVATE <gmock/gmock.h> <gtest/gtest.h>)
 endif()
 
+# Several sources to a compile, but for those with options of their own and in the dev preset. `make lint` looks at each alone.
+function(lockstep_compile_together target)
+  set_target_properties(${target} PROPERTIES UNITY_BUILD ${LOCKSTEP_UNITY} UNITY_BUILD_BATCH_SIZE 4)
+  target_compile_options(${target} PRIVATE $<$<CXX_COMPILER_ID:GNU>:-Wno-subobject-linkage>)  # meant for headers; takes an included source for one
+endfunction()
+
 # lockstep_add_library(name HEADERS include/lockstep/name/x.h... SOURCES src/x.cc... PUBLIC targets... PRIVATE targets... [TORCH_PCH])
 function(lockstep_add_library name)
   cmake_parse_arguments(arg "TORCH_PCH" "" "HEADERS;SOURCES;PUBLIC;PRIVATE" ${ARGN})
@@ -44,6 +50,7 @@ function(lockstep_add_library name)
   endif()
   if(arg_SOURCES)
     target_include_directories(lockstep_${name} PRIVATE src)
+    lockstep_compile_together(lockstep_${name})
   endif()
   if(arg_TORCH_PCH)
     lockstep_use_torch_pch(lockstep_${name})
@@ -91,6 +98,7 @@ function(lockstep_add_test name)
     target_precompile_headers(${target} REUSE_FROM lockstep_gtest_pch)
     target_compile_options(${target} PRIVATE ${LOCKSTEP_TEST_OPTIMISATION})
   endif()
+  lockstep_compile_together(${target})
   if(arg_DEPENDS)
     add_dependencies(${target} ${arg_DEPENDS})
   endif()
@@ -111,6 +119,12 @@ function(lockstep_add_test name)
     add_test(NAME ${name} COMMAND ${target} ${arg_ARGS})
     set_tests_properties(${name} PROPERTIES TIMEOUT ${arg_TIMEOUT} PROCESSORS ${arg_PROCESSORS} LABELS "${arg_LABELS};unit")
   endif()
+endfunction()
+
+# lockstep_objects(OUT TARGET NAME...): what TARGET made of its NAME.cc..., for tests of its parts: nothing is compiled twice.
+function(lockstep_objects out target)
+  list(JOIN ARGN "|" names)
+  set(${out} "$<FILTER:$<TARGET_OBJECTS:${target}>,INCLUDE,/(${names})\\.cc>" PARENT_SCOPE)
 endfunction()
 
 # After all folders: install, export, and the config file behind find_package(lockstep).

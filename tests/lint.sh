@@ -15,19 +15,23 @@ python3 - "$build" "$cache" <<'P' | xargs -P "$jobs" -L 1 bash -c 'check "$@"' c
 import hashlib, json, os, re, subprocess, sys
 build, cache = sys.argv[1:]
 root = os.getcwd()
-commands = json.load(open(f"{build}/compile_commands.json"))
-for entry in commands:
-    entry["command"] = re.sub(r"-include \S*cmake_pch\.hxx|-Winvalid-pch|-Wno-missing-field-initializers", "", re.sub(r"^.*?(?=/\S*c\+\+ )", "", entry["command"]))
-commands = list({entry["file"]: entry for entry in commands}.values())  # a file that several targets compile is looked at once
-json.dump(commands, open(f"{cache}/compile_commands.json", "w"))
-includes = {}
-for block in subprocess.run(["ninja", "-C", build, "-t", "deps"], capture_output=True, text=True, check=True).stdout.split("\n\n"):
-    files = [os.path.relpath(os.path.join(build, line.strip()), root) for line in block.splitlines()[1:]]
-    ours = [file for file in files if not file.startswith(("build/", ".."))]
-    if ours: includes[next((file for file in ours if file.endswith(".cc")), ours[0])] = ours
-for source in subprocess.run(["git", "ls-files", "*.cc"], capture_output=True, text=True, check=True).stdout.split():
-    if source.endswith("cmake/empty.cc"): continue
+commands = {}
+for entry in json.load(open(f"{build}/compile_commands.json")):
+    entry["command"] = re.sub(r"-include \S*cmake_pch\.hxx|-Winvalid-pch|-Wno-missing-field-initializers|-Wno-subobject-linkage", "", re.sub(r"^.*?(?=/\S*c\+\+ )", "", entry["command"]))
+    is_unity = entry["file"].endswith("_cxx.cxx") and "/Unity/" in entry["file"]  # of several sources: each is looked at alone
+    for source in re.findall(r'#include "(\S+\.cc)"', open(entry["file"]).read()) if is_unity else [entry["file"]]:
+        commands[source] = {**entry, "command": entry["command"].replace(entry["file"], source), "file": source}  # once, whoever compiles it
+json.dump(list(commands.values()), open(f"{cache}/compile_commands.json", "w"))
+ours = subprocess.run(["git", "ls-files", "*.cc", "*.h"], capture_output=True, text=True, check=True).stdout.split()
+def included(file, seen):  # what of ours it includes, and what that does
+    for name in re.findall(r'#include ["<](\S+)[">]', open(file).read()):
+        beside = os.path.normpath(os.path.join(os.path.dirname(file), name))
+        for found in [beside] if beside in ours else [header for header in ours if header.endswith("/" + name)]:
+            if found not in seen: seen.add(found), included(found, seen)
+    return seen
+for source in ours:
+    if not source.endswith(".cc") or source.endswith("cmake/empty.cc"): continue
     key = hashlib.sha256()
-    for file in [".clang-tidy", source, *sorted(includes.get(source, []))]: key.update(open(file, "rb").read())
+    for file in [".clang-tidy", source, *sorted(included(source, {source}))]: key.update(open(file, "rb").read())
     print(source, key.hexdigest()[:24])
 P

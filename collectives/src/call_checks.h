@@ -2,11 +2,17 @@
 
 #include <numeric>
 #include <span>
+#include <string>
 
 #include <lockstep/base/error.h>
 #include <lockstep/collectives/process_group.h>
 
 namespace lockstep {
+
+// As messages say it: all_reduce (sum).
+inline std::string name_of(ReduceOp op) {
+  return op == ReduceOp::kSum ? " (sum)" : op == ReduceOp::kMax ? " (max)" : " (min)";
+}
 
 // What every back end refuses before anything is sent: sizes that do not add up, and two dtypes, whose bytes would.
 

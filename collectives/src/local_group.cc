@@ -60,10 +60,6 @@ struct Shared {
   }
 };
 
-std::string name_of(ReduceOp op) {
-  return op == ReduceOp::kSum ? " (sum)" : op == ReduceOp::kMax ? " (max)" : " (min)";
-}
-
 std::string describe(const std::string& operation, const at::Tensor& tensor) {
   return operation + " of " + std::to_string(tensor.numel()) + " " + at::toString(tensor.scalar_type());
 }

@@ -74,10 +74,6 @@ MPI_Op mpi_op(at::ScalarType type, ReduceOp op) {
   return op == ReduceOp::kSum ? MPI_SUM : op == ReduceOp::kMax ? MPI_MAX : MPI_MIN;
 }
 
-std::string name_of(ReduceOp op) {
-  return op == ReduceOp::kSum ? " (sum)" : op == ReduceOp::kMax ? " (max)" : " (min)";
-}
-
 // MPI may go on writing into tensors whose operation was given up: they stay until the process ends.
 void keep_for_ever(std::vector<at::Tensor> tensors) {
   static std::mutex mutex;

@@ -15,8 +15,8 @@ using torch::autograd::variable_list;
 
 constexpr int kKeysTag = 1, kGradsTag = 2;
 
-struct KeptParallel : torch::CustomClassHolder {
-  explicit KeptParallel(const ContextParallel& parallel) : cp(parallel) {}
+struct KeptContext : torch::CustomClassHolder {
+  explicit KeptContext(const ContextParallel& parallel) : cp(parallel) {}
   ContextParallel cp;
 };
 
@@ -94,7 +94,7 @@ struct RingAttention : Function<RingAttention> {
       if (hop) keys = hop->wait();
     }
     const at::Tensor out = merged.out.to(q.scalar_type());
-    ctx->saved_data["cp"] = c10::IValue::make_capsule(c10::make_intrusive<KeptParallel>(cp));
+    ctx->saved_data["cp"] = c10::IValue::make_capsule(c10::make_intrusive<KeptContext>(cp));
     ctx->saved_data["causal"] = causal;
     ctx->save_for_backward({q_in, keys_in, out, merged.log_sum});
     return heads_first(out).flatten(2);
@@ -102,7 +102,7 @@ struct RingAttention : Function<RingAttention> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    const ContextParallel cp = c10::static_intrusive_pointer_cast<KeptParallel>(ctx->saved_data["cp"].toCapsule())->cp;
+    const ContextParallel cp = c10::static_intrusive_pointer_cast<KeptContext>(ctx->saved_data["cp"].toCapsule())->cp;
     const bool causal = ctx->saved_data["causal"].toBool();
     const at::Tensor q = heads_first(saved[0]), &out = saved[2], &log_sum = saved[3],
                      grad = heads_first(grads[0].to(q.scalar_type()).view(saved[0].sizes()));

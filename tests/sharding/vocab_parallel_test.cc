@@ -20,7 +20,7 @@ using nn::error_of;
 using nn::normal;
 using nn::same_bits;
 
-constexpr double kBound = 1e-5;
+constexpr double kVocabBound = 1e-5;
 
 class VocabParallelTest : public testing::TestWithParam<int> {};  // tensor-parallel size
 INSTANTIATE_TEST_SUITE_P(Sizes, VocabParallelTest, testing::Values(1, 2, 3, 4));
@@ -47,7 +47,7 @@ TEST_P(VocabParallelTest, EmbeddingIsTheRowsOfOneRank) {
         EXPECT_TRUE(same_bits(y, expected.narrow(1, tokens.begin, tokens.size)));
         (y * slope.narrow(1, tokens.begin, tokens.size)).sum().backward();
         (expected * slope).sum().backward();
-        EXPECT_LE(error_of(embedding.weight.grad(), whole.grad().narrow(0, rows.begin, rows.size)), kBound);
+        EXPECT_LE(error_of(embedding.weight.grad(), whole.grad().narrow(0, rows.begin, rows.size)), kVocabBound);
         EXPECT_FALSE(placement.is_partial);
       }
     });
@@ -116,7 +116,7 @@ TEST_P(VocabParallelTest, LossAndGradientsAreThoseOfTheWholeVocabulary) {
     const Outcome expected = plain(p);
     run_local_ranks(GetParam(), [&](ProcessGroup& group) {
       for (const bool sequence_parallel : {false, true})
-        expect_the_plain_loss(p, {&group, sequence_parallel}, expected, group.size() == 1 ? 0 : kBound);
+        expect_the_plain_loss(p, {&group, sequence_parallel}, expected, group.size() == 1 ? 0 : kVocabBound);
     });
   }
 }

@@ -14,21 +14,10 @@
 #include <lockstep/flight/report.h>
 
 #include "clock.h"
+#include "text.h"
 
 namespace lockstep::flight {
 namespace {
-
-template <size_t N>
-std::string text_of(const std::array<char, N>& text) {
-  return {text.data(), strnlen(text.data(), N)};
-}
-
-template <size_t N>
-void set_text(std::array<char, N>& to, std::string_view text) {
-  const size_t size = std::min(text.size(), N - 1);
-  std::memcpy(to.data(), text.data(), size);
-  to[size] = '\0';
-}
 
 // Both clocks and rates are this machine's (layout.h).
 int64_t to_ns(uint64_t ticks) { return static_cast<int64_t>(static_cast<double>(ticks) / ticks_per_ns()); }

@@ -19,6 +19,7 @@
 
 #include "clock.h"
 #include "rules.h"
+#include "text.h"
 
 namespace lockstep::flight {
 namespace {
@@ -48,13 +49,6 @@ uint64_t mix(uint64_t hash, uint64_t word) {  // splitmix64's finalizer
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
   x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
   return x ^ (x >> 31);
-}
-
-template <size_t N>
-void set_text(std::array<char, N>& to, std::string_view text) noexcept {
-  const size_t size = std::min(text.size(), N - 1);
-  std::memcpy(to.data(), text.data(), size);
-  to[size] = '\0';
 }
 
 bool is_alive(const Header& header) {

@@ -14,7 +14,7 @@ namespace {
 using testing::ElementsAre;
 using testing::HasSubstr;
 
-std::string complaint(const std::string& text) {
+std::string json_complaint(const std::string& text) {
   try {
     JsonReader json(text, "'file'");
     json.skip_value();
@@ -67,13 +67,13 @@ TEST(JsonReaderTest, ErrorsNameFileAndPlaceInFewCleanCharacters) {
 
 TEST(JsonReaderTest, LimitsHoldInSkippedValuesToo) {
   const auto nested = [](size_t depth) { return std::string(depth, '[') + std::string(depth, ']'); };
-  EXPECT_EQ(complaint(nested(32)), "");
-  EXPECT_THAT(complaint(nested(33)), HasSubstr("deeper than 32"));
-  EXPECT_THAT(complaint(nested(1'000'000)), HasSubstr("deeper than 32"));
-  EXPECT_THAT(complaint(R"({"x":{"a":1,"b":2,"a":3}})"), HasSubstr("the key 'a' twice"));
-  EXPECT_THAT(complaint(R"({"a":1,"\u0061":3})"), HasSubstr("the key 'a' twice"));
-  EXPECT_EQ(complaint(R"({"a":{"a":1},"b":{"a":1}})"), "");
-  EXPECT_THAT(complaint(R"([{"a\u0007":1}])"), HasSubstr("control characters"));
+  EXPECT_EQ(json_complaint(nested(32)), "");
+  EXPECT_THAT(json_complaint(nested(33)), HasSubstr("deeper than 32"));
+  EXPECT_THAT(json_complaint(nested(1'000'000)), HasSubstr("deeper than 32"));
+  EXPECT_THAT(json_complaint(R"({"x":{"a":1,"b":2,"a":3}})"), HasSubstr("the key 'a' twice"));
+  EXPECT_THAT(json_complaint(R"({"a":1,"\u0061":3})"), HasSubstr("the key 'a' twice"));
+  EXPECT_EQ(json_complaint(R"({"a":{"a":1},"b":{"a":1}})"), "");
+  EXPECT_THAT(json_complaint(R"([{"a\u0007":1}])"), HasSubstr("control characters"));
 }
 
 // What the text describes, not how long it is, is what memory goes by.
@@ -86,7 +86,7 @@ TEST(JsonReaderTest, MemoryIsRefusedBeyondTheTextsOwnSizeAnd64MiB) {
     keys += "\":0,";
   }
   keys.back() = '}';
-  EXPECT_THAT(complaint(keys), HasSubstr("more than fits into memory"));
+  EXPECT_THAT(json_complaint(keys), HasSubstr("more than fits into memory"));
   JsonReader json("{}", "'file'");
   EXPECT_NO_THROW(json.charge(64 << 20));
   EXPECT_THROW(json.charge(10), CorruptData);
@@ -116,7 +116,7 @@ TEST(JsonReaderTest, AcceptsWhatTheReferenceAcceptsAndNothingElse) {
       }
       if (text.empty()) text = "0";
     }
-    const std::string said = complaint(text);
+    const std::string said = json_complaint(text);
     bool is_json = nlohmann::json::accept(text), is_our_rule = false;
     for (const char* rule : {"deeper than", "twice", "with control characters"})
       is_our_rule = is_our_rule || said.find(rule) != std::string::npos;

@@ -35,7 +35,7 @@ Manifest example() {
 // Puts a right checksum under any text, as somebody who tampers would.
 std::string sign(const std::string& body) { return body + "crc32c " + hex8(crc32c(body)) + "\n"; }
 
-std::string complaint(const std::string& text) {
+std::string manifest_complaint(const std::string& text) {
   try {
     parse_manifest(text, "dir/MANIFEST");
     return "";
@@ -70,18 +70,18 @@ TEST(ManifestTest, AnyFlippedBitTruncationOrExtensionFailsTheChecksum) {
     for (int bit = 0; bit < 8; ++bit) {
       std::string flipped = text;
       flipped[byte] = static_cast<char>(flipped[byte] ^ (1 << bit));
-      ASSERT_THAT(complaint(flipped), HasSubstr("fails its checksum")) << "byte " << byte << " bit " << bit;
+      ASSERT_THAT(manifest_complaint(flipped), HasSubstr("fails its checksum")) << "byte " << byte << " bit " << bit;
     }
-    ASSERT_NE(complaint(text.substr(0, byte)), "");
+    ASSERT_NE(manifest_complaint(text.substr(0, byte)), "");
   }
-  EXPECT_NE(complaint(text + "\n"), "");
-  EXPECT_NE(complaint(text + text), "");
+  EXPECT_NE(manifest_complaint(text + "\n"), "");
+  EXPECT_NE(manifest_complaint(text + text), "");
 }
 
 TEST(ManifestTest, EveryHostileManifestIsRefusedThoughItsChecksumIsRight) {
   const std::string good = encode_manifest(example());
   const std::string body = good.substr(0, good.size() - 16);
-  ASSERT_EQ(complaint(sign(body)), "");
+  ASSERT_EQ(manifest_complaint(sign(body)), "");
   const auto replaced = [&](const std::string& from, const std::string& to) {
     std::string text = body;
     const size_t at = text.find(from);
@@ -129,7 +129,7 @@ TEST(ManifestTest, EveryHostileManifestIsRefusedThoughItsChecksumIsRight) {
       {sign("{\"format\":\n"), "not valid JSON"},
       {sign("\n"), "not valid JSON"},
   };
-  for (const auto& [text, said] : cases) EXPECT_THAT(complaint(text), HasSubstr(said)) << text.substr(0, 300);
+  for (const auto& [text, said] : cases) EXPECT_THAT(manifest_complaint(text), HasSubstr(said)) << text.substr(0, 300);
 }
 
 TEST(ManifestTest, AnotherFormatVersionSaysToUseAnotherProgram) {

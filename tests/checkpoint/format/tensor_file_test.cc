@@ -24,7 +24,7 @@ TensorHeader parse(const std::string& json, uint64_t data_bytes) {
 }
 
 // The message of the CorruptData that parsing throws, empty when it throws none.
-std::string complaint(const std::string& json, uint64_t data_bytes) {
+std::string header_complaint(const std::string& json, uint64_t data_bytes) {
   try {
     parse(json, data_bytes);
     return "";
@@ -116,8 +116,8 @@ TEST(TensorFileTest, EveryHostileHeaderIsRefusedByName) {
       {"{\"w\":{\"x\":" + deep, 0, "deeper than 32"},
   };
   for (const auto& c : cases) {
-    EXPECT_THAT(complaint(c.json, c.data_bytes), HasSubstr(c.said)) << c.json.substr(0, 200);
-    EXPECT_THAT(complaint(c.json, c.data_bytes), HasSubstr("x.safetensors")) << c.json.substr(0, 200);
+    EXPECT_THAT(header_complaint(c.json, c.data_bytes), HasSubstr(c.said)) << c.json.substr(0, 200);
+    EXPECT_THAT(header_complaint(c.json, c.data_bytes), HasSubstr("x.safetensors")) << c.json.substr(0, 200);
   }
 }
 

@@ -9,7 +9,7 @@
 namespace lockstep::data {
 namespace {
 
-const ImageDatasetOptions kOptions{.channels = 1, .height = 2, .width = 2, .num_classes = 10};
+const ImageDatasetOptions kImageOptions{.channels = 1, .height = 2, .width = 2, .num_classes = 10};
 
 std::string rows(int n) {
   std::string text;
@@ -45,13 +45,13 @@ void expect_rows(const Dataset& dataset, int n) {
 
 TEST(ImageDatasetTest, ReadsPlainAndCompressedRows) {
   const DataFolder folder;
-  expect_rows(*open_image_dataset(folder.write("x.csv", rows(23)), kOptions), 23);
-  expect_rows(*open_image_dataset(zipped(folder, rows(23)), kOptions), 23);
+  expect_rows(*open_image_dataset(folder.write("x.csv", rows(23)), kImageOptions), 23);
+  expect_rows(*open_image_dataset(zipped(folder, rows(23)), kImageOptions), 23);
 }
 
 TEST(ImageDatasetTest, TrainingAndValidationShareOutTheRows) {
   const DataFolder folder;
-  auto options = kOptions;
+  auto options = kImageOptions;
   options.holdout_every = 5;
   const auto path = folder.write("x.csv", rows(23));
   const auto training = open_image_dataset(path, options);
@@ -80,7 +80,7 @@ TEST(ImageDatasetTest, ADamagedRowIsNamedWithRowAndColumn) {
                                                                             {"1,nan,3,4,5", 2},
                                                                             {"1,1e300,3,4,5", 2}}) {
     const auto path = folder.write("x.csv", rows(2) + bad + "\n");
-    const auto message = message_of<CorruptData>([&] { open_image_dataset(path, kOptions); });
+    const auto message = message_of<CorruptData>([&] { open_image_dataset(path, kImageOptions); });
     EXPECT_NE(message.find("row 3, column " + std::to_string(column)), std::string::npos) << bad << ": " << message;
   }
 }
@@ -92,14 +92,14 @@ TEST(ImageDatasetTest, ACutOrDamagedArchiveIsCorruptData) {
   const std::string bytes((std::istreambuf_iterator<char>(file)), {});
   for (const size_t length : {bytes.size() - 1, bytes.size() - 9, bytes.size() / 2}) {
     folder.write("x.csv.gz", bytes.substr(0, length));
-    EXPECT_THROW(open_image_dataset(path, kOptions), CorruptData) << length << " of " << bytes.size() << " bytes";
+    EXPECT_THROW(open_image_dataset(path, kImageOptions), CorruptData) << length << " of " << bytes.size() << " bytes";
   }
 }
 
 TEST(ImageDatasetTest, MissingFilesAndAnEmptySplitAreConfigErrors) {
   const DataFolder folder;
-  EXPECT_THROW(open_image_dataset(folder.path("absent.csv"), kOptions), ConfigError);
-  auto options = kOptions;
+  EXPECT_THROW(open_image_dataset(folder.path("absent.csv"), kImageOptions), ConfigError);
+  auto options = kImageOptions;
   options.holdout_every = 5;
   options.validation = true;
   EXPECT_THROW(open_image_dataset(folder.write("x.csv", rows(3)), options), ConfigError);

@@ -15,7 +15,7 @@
 namespace lockstep::data {
 namespace {
 
-constexpr TokenDatasetOptions kOptions{.sequence_length = 7, .vocab_size = 100};
+constexpr TokenDatasetOptions kTokenOptions{.sequence_length = 7, .vocab_size = 100};
 
 std::vector<int64_t> some_tokens(int64_t n) {
   std::vector<int64_t> tokens(n);
@@ -40,8 +40,8 @@ std::string megatron_index(int64_t tokens, int code, int64_t width) {
 
 // Every sample against the twenty-line reference: tokens [i T, i T + T), targets one later.
 void expect_stream(const std::string& files, const std::vector<int64_t>& stream) {
-  const auto dataset = open_token_dataset(files, kOptions);
-  const int64_t length = kOptions.sequence_length;
+  const auto dataset = open_token_dataset(files, kTokenOptions);
+  const int64_t length = kTokenOptions.sequence_length;
   ASSERT_EQ(dataset->size(), (static_cast<int64_t>(stream.size()) - 1) / length);
   std::vector<int64_t> indices(dataset->size());
   std::iota(indices.rbegin(), indices.rend(), 0);  // backwards: no reader may rely on order
@@ -101,7 +101,7 @@ TEST(TokenDatasetTest, AnIdOutsideTheVocabularyIsNamedWithFileAndPosition) {
   auto tokens = some_tokens(500);
   tokens[123] = 100;
   const auto path = folder.write("bad.bin", packed<uint16_t>(tokens));
-  const auto dataset = open_token_dataset(path, kOptions);
+  const auto dataset = open_token_dataset(path, kTokenOptions);
   const std::vector<int64_t> good{0, 1}, bad{0, 123 / 7};
   EXPECT_NO_THROW(dataset->get(good));
   const auto message = message_of<CorruptData>([&] { dataset->get(bad); });
@@ -109,14 +109,14 @@ TEST(TokenDatasetTest, AnIdOutsideTheVocabularyIsNamedWithFileAndPosition) {
       << message;
   folder.write("m.idx", megatron_index(500, 3, 2));
   tokens[123] = -1;
-  const auto negative = open_token_dataset(folder.write("m.bin", packed<int16_t>(tokens)), kOptions);
+  const auto negative = open_token_dataset(folder.write("m.bin", packed<int16_t>(tokens)), kTokenOptions);
   EXPECT_NE(message_of<CorruptData>([&] { negative->get(bad); }).find("has id -1"), std::string::npos);
 }
 
 TEST(TokenDatasetTest, WhatAPersonCanMendIsAConfigError) {
   const DataFolder folder;
   const auto message = [&](const std::string& files) {
-    return message_of<ConfigError>([&] { open_token_dataset(files, kOptions); });
+    return message_of<ConfigError>([&] { open_token_dataset(files, kTokenOptions); });
   };
   for (const auto& text :
        {message(""), message(folder.path("absent.bin")), message(folder.path("*.none")), message(folder.path("")),
@@ -133,7 +133,7 @@ TEST(TokenDatasetTest, WhatAPersonCanMendIsAConfigError) {
 TEST(TokenDatasetTest, DamagedFilesAreCorruptData) {
   const DataFolder folder;
   const auto message = [&](const std::string& bytes) {
-    return message_of<CorruptData>([&] { open_token_dataset(folder.write("x.bin", bytes), kOptions); });
+    return message_of<CorruptData>([&] { open_token_dataset(folder.write("x.bin", bytes), kTokenOptions); });
   };
   const auto whole = llmc<uint16_t>(some_tokens(500), kTokenMagicU16, 1);
   EXPECT_NE(message(whole.substr(0, whole.size() - 2)).find("cut short"), std::string::npos);
@@ -161,7 +161,7 @@ TEST(TokenDatasetTest, DamagedFilesAreCorruptData) {
 TEST(TokenDatasetTest, AFileCutWhileItIsReadIsAnErrorAndNoCrash) {
   const DataFolder folder;
   const auto path = folder.write("x.bin", packed<uint16_t>(some_tokens(500)));
-  const auto dataset = open_token_dataset(path, kOptions);
+  const auto dataset = open_token_dataset(path, kTokenOptions);
   std::filesystem::resize_file(path, 100);
   const std::vector<int64_t> gone{60};
   EXPECT_THROW(dataset->get(gone), CorruptData);
@@ -170,7 +170,7 @@ TEST(TokenDatasetTest, AFileCutWhileItIsReadIsAnErrorAndNoCrash) {
 TEST(TokenDatasetTest, TheFingerprintTellsOtherDataButNotAnotherFolder) {
   const DataFolder folder, other;
   const auto bytes = packed<uint16_t>(some_tokens(5000));
-  const auto print = [](const std::string& path) { return open_token_dataset(path, kOptions)->fingerprint(); };
+  const auto print = [](const std::string& path) { return open_token_dataset(path, kTokenOptions)->fingerprint(); };
   const auto original = print(folder.write("x.bin", bytes));
   EXPECT_EQ(print(other.write("x.bin", bytes)), original);
   EXPECT_NE(print(folder.write("y.bin", bytes)), original);

@@ -12,16 +12,16 @@
 namespace lockstep::nn {
 namespace {
 
-struct Shape {
+struct LogitShape {
   int64_t rows, width, vocab;
 };
 // Chunks of rows are 2 MiB of logits: 10 rows of 50257 f32 or 20 of bf16, 127 of 4099, none of which divides the rows.
-const std::vector<Shape> kShapes = {{1, 1, 1},       {0, 5, 11},      {3, 7, 17},
-                                    {1, 3, 600'000}, {47, 3, 50'257}, {1003, 8, 4099}};
+const std::vector<LogitShape> kLogitShapes = {{1, 1, 1},       {0, 5, 11},      {3, 7, 17},
+                                              {1, 3, 600'000}, {47, 3, 50'257}, {1003, 8, 4099}};
 
 enum class Ignored { kNone, kSome, kAll };
 
-at::Tensor targets(const Shape& s, Ignored ignored) {
+at::Tensor targets(const LogitShape& s, Ignored ignored) {
   at::Tensor ids = at::empty({s.rows}, at::kLong);
   for (int64_t i = 0; i < s.rows; ++i)
     ids[i] = ignored == Ignored::kAll || (ignored == Ignored::kSome && i % 3 == 1) ? kIgnore : (i * 7919 + 1) % s.vocab;
@@ -40,7 +40,7 @@ class LossTest : public testing::TestWithParam<Ignored> {};
 INSTANTIATE_TEST_SUITE_P(Ignored, LossTest, testing::Values(Ignored::kNone, Ignored::kSome, Ignored::kAll));
 
 TEST_P(LossTest, OfAProductIsTheFormulaWhateverTheChunks) {
-  for (const auto& s : kShapes) {
+  for (const auto& s : kLogitShapes) {
     const at::Tensor ids = targets(s, GetParam());
     const Tensors in = {normal({s.rows, s.width}, 1), normal({s.vocab, s.width}, 2)};
     const Pass ours =
@@ -58,7 +58,7 @@ TEST_P(LossTest, OfAProductIsTheFormulaWhateverTheChunks) {
 }
 
 TEST_P(LossTest, OfLogitsIsTheFormula) {
-  for (const auto& s : kShapes) {
+  for (const auto& s : kLogitShapes) {
     for (const auto type : {at::kFloat, at::kBFloat16}) {
       const at::Tensor ids = targets(s, GetParam()), logits = normal({s.rows, s.vocab}, 1, type) * 4;
       const Pass ours = run([&](const Tensors& t) { return cross_entropy_sum(t[0], ids); }, {logits}, seven_tenths);
@@ -72,7 +72,7 @@ TEST_P(LossTest, OfLogitsIsTheFormula) {
 }
 
 TEST_P(LossTest, InBf16RoundsInputsAndLogitsOnly) {
-  for (const auto& s : kShapes) {
+  for (const auto& s : kLogitShapes) {
     const at::Tensor ids = targets(s, GetParam()), x = normal({s.rows, s.width}, 1), w = normal({s.vocab, s.width}, 2);
     const auto round = [](const at::Tensor& t) { return t.to(at::kBFloat16).to(t.scalar_type()); };
     const Formula ours = [&](const Tensors& t) {

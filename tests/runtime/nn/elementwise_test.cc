@@ -12,7 +12,7 @@
 namespace lockstep::nn {
 namespace {
 
-const std::vector<std::vector<int64_t>> kShapes = {{}, {0}, {1}, {3, 7}, {2, 0, 5}, {17, 33}, {1'000'003}};
+const std::vector<std::vector<int64_t>> kElementShapes = {{}, {0}, {1}, {3, 7}, {2, 0, 5}, {17, 33}, {1'000'003}};
 
 // Some roundings, more where the exponential's argument is large; bf16 rounds the result once more, and that is nearly
 // all of its error.
@@ -34,7 +34,7 @@ INSTANTIATE_TEST_SUITE_P(Types, ElementwiseTest, testing::Values(at::kFloat, at:
                          [](const auto& info) { return std::string(c10::toString(info.param)); });
 
 TEST_P(ElementwiseTest, GeluAndItsGradientAreTheFormulas) {
-  for (const auto& shape : kShapes) {
+  for (const auto& shape : kElementShapes) {
     const auto e = errors([](const Tensors& in) { return nn::gelu(in[0]); }, exact_gelu, {normal(shape, 1, type) * 3});
     EXPECT_LE(e.output, tolerance(type)) << at::IntArrayRef(shape);
     EXPECT_LE(e.grads[0], tolerance(type)) << at::IntArrayRef(shape);
@@ -42,7 +42,7 @@ TEST_P(ElementwiseTest, GeluAndItsGradientAreTheFormulas) {
 }
 
 TEST_P(ElementwiseTest, SwigluAndItsGradientsAreTheFormulas) {
-  for (const auto& shape : kShapes) {
+  for (const auto& shape : kElementShapes) {
     const auto e = errors([](const Tensors& in) { return swiglu(in[0], in[1]); }, exact_swiglu,
                           {normal(shape, 1, type) * 3, normal(shape, 2, type)});
     EXPECT_LE(e.output, tolerance(type)) << at::IntArrayRef(shape);

@@ -12,8 +12,8 @@ namespace {
 constexpr double kEpsilon = 1e-5;
 
 // Layer norm of three or more: of one element it is 0, of two a sign, with gradients of nothing but rounding.
-const std::vector<std::vector<int64_t>> kShapes = {{7},       {0, 7},   {1, 3},       {3, 7},
-                                                   {2, 0, 5}, {17, 33}, {2, 5, 1000}, {1003, 48}};
+const std::vector<std::vector<int64_t>> kNormShapes = {{7},       {0, 7},   {1, 3},       {3, 7},
+                                                       {2, 0, 5}, {17, 33}, {2, 5, 1000}, {1003, 48}};
 
 struct Kind {
   bool rms;
@@ -47,7 +47,7 @@ INSTANTIATE_TEST_SUITE_P(Kinds, NormTest,
 
 TEST_P(NormTest, AndItsGradientsAreTheFormulas) {
   const Kind kind = GetParam();
-  for (const auto& sizes : kShapes) {
+  for (const auto& sizes : kNormShapes) {
     Tensors in = kind.make(sizes);
     const auto e =
         errors([&](const Tensors& t) { return kind.ours(t); }, [&](const Tensors& t) { return kind.exact(t); }, in);
