@@ -24,6 +24,11 @@ using Ranks = std::vector<int32_t>;
 using FlightCause = flight::Cause;
 
 constexpr double kT = 3;
+#ifdef LOCKSTEP_SANITIZED
+constexpr double kLong = 15;
+#else
+constexpr double kLong = 60;
+#endif
 
 /// Nodes of two ranks that train together, their agents, and the supervisor's watch. Agents behave as
 /// launcher/src/agent.cc.
@@ -141,7 +146,7 @@ class Cluster {
 
 TEST(NodeWatch, ATrainingJobIsLeftAlone) {
   Cluster cluster(4);
-  EXPECT_LT(cluster.run(60), 0);
+  EXPECT_LT(cluster.run(kLong), 0);
   EXPECT_EQ(cluster.asks(), 0) << "and nothing is asked of it";
 }
 
@@ -151,7 +156,7 @@ TEST(NodeWatch, LateIsNoHang) {
     for (size_t step = 5; step < 60; step += 7)
       cluster.world.program(rank)[step + static_cast<size_t>(rank)].delay_s = kT - 0.3;
   }
-  EXPECT_LT(cluster.run(60), 0) << cluster.finding()->verdict.message;
+  EXPECT_LT(cluster.run(kLong), 0) << cluster.finding()->verdict.message;
 }
 
 TEST(NodeWatch, AStoppedRankOfAnotherNodeIsNamedWithinTheTimeoutAndASecond) {

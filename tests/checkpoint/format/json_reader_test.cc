@@ -99,8 +99,13 @@ TEST(JsonReaderTest, AcceptsWhatTheReferenceAcceptsAndNothingElse) {
       R"([0,-0,0.0,1E5,12345678901234567890,"ä€😀",[[[]]],{"x":{"y":"z"}}])", R"("text")", "17", " true "};
   const std::string alphabet = "{}[]\",:0123456789-+.eE\\utrfalsn /\x01\x7f\x80\xbf\xc2\xe0\xed\xf0\xf4\xff";
   std::mt19937 random(11);
+#ifdef LOCKSTEP_SANITIZED
+  constexpr int kRounds = 20'000;
+#else
+  constexpr int kRounds = 100'000;
+#endif
   int accepted = 0;
-  for (int round = 0; round < 100'000; ++round) {
+  for (int round = 0; round < kRounds; ++round) {
     std::string text = seeds[random() % std::size(seeds)];
     for (size_t change = 0; change < random() % 3; ++change) {
       const size_t at = random() % text.size();
@@ -132,7 +137,7 @@ TEST(JsonReaderTest, AcceptsWhatTheReferenceAcceptsAndNothingElse) {
     EXPECT_TRUE(is_our_rule || said.empty() == is_json) << text << "\n" << said;
     accepted += said.empty() ? 1 : 0;
   }
-  EXPECT_GT(accepted, 20'000);
+  EXPECT_GT(accepted, kRounds / 5);
 }
 
 }  // namespace
