@@ -51,7 +51,7 @@ int64_t measured_grace_s(const std::string& run_dir) {
   const double save_s = last_save_seconds(run_dir);
   if (save_s <= 0) return 90;
   const double step_s = last_step_seconds(run_dir);
-  return std::clamp<int64_t>(30 + static_cast<int64_t>(std::ceil(2 * (save_s + step_s))), 60, 6 * 3600);
+  return std::clamp<int64_t>(30 + static_cast<int64_t>(std::ceil(2 * (save_s + step_s))), 60, int64_t{6} * 3600);
 }
 
 // Slurm's "minutes", "minutes:seconds", "hours:minutes:seconds", "days-hours", "days-hours:minutes[:seconds]".
@@ -108,7 +108,7 @@ BatchScript plan(const Arguments& arguments) {
 
 std::string write_script(const BatchScript& script) {
   const bool has_folder = !script.run_dir.empty() && script.array.empty();
-  const std::string path = (has_folder ? script.run_dir + "/" : "") + script.name() + ".sbatch";
+  std::string path = (has_folder ? script.run_dir + "/" : "") + script.name() + ".sbatch";
   share_new_files(Share::kNone);
   std::error_code error;
   if (has_folder) files::create_directories(script.run_dir, error);

@@ -121,7 +121,7 @@ class Steps {
     world_.all_reduce(x).wait();
   }
   void gather() {
-    at::Tensor mine = at::ones({4}, at::kByte), all = at::zeros({4 * world_.size()}, at::kByte);
+    at::Tensor mine = at::ones({4}, at::kByte), all = at::zeros({int64_t{4} * world_.size()}, at::kByte);
     ++world_calls_;
     world_.all_gather(all, mine).wait();
   }

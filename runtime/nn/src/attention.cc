@@ -1,6 +1,7 @@
 #include <cmath>
 
 #include <ATen/Parallel.h>
+#include <ATen/cpu/Utils.h>
 #include <torch/autograd.h>
 #include <torch/types.h>
 
@@ -17,15 +18,21 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
+bool has_bf16_tiles() {
+  const auto capabilities = at::cpu::get_cpu_capabilities();
+  const auto found = capabilities.find("amx_bf16");  // x86's alone
+  return found != capabilities.end() && found->second.toBool();
+}
+
 // LibTorch's kernel on a CPU makes its products of small pieces, at half of what ours reaches; in bf16 it is slower
 // still, so that bf16 is widened for ours, but for CPUs whose tiles multiply bf16.
 bool has_kernel(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  static const bool has_bf16_tiles = __builtin_cpu_supports("amx-bf16") != 0;
+  static const bool has_tiles = has_bf16_tiles();
   const at::ScalarType dtype = q.scalar_type();
   for (const at::Tensor& x : {q, k, v}) {
     if (!x.is_cpu() || x.scalar_type() != dtype || x.dim() != 4 || x.numel() == 0) return false;
   }
-  return (dtype == at::kBFloat16 ? !has_bf16_tiles : dtype == at::kFloat && !is_bf16()) && k.sizes() == v.sizes() &&
+  return (dtype == at::kBFloat16 ? !has_tiles : dtype == at::kFloat && !is_bf16()) && k.sizes() == v.sizes() &&
          q.size(0) == k.size(0) && q.size(2) % k.size(2) == 0 && q.size(3) == k.size(3) &&
          has_attention_kernel(q.size(3));
 }

@@ -99,10 +99,11 @@ std::vector<std::string> new_hangs(Fs& fs, const std::string& run_dir) {
     if (event.value("event", "") == "hang") known.insert(event.value("record", ""));
   }
   std::vector<std::string> events;
+  const std::string folder = run_dir + "/";
   for (const std::string& name : records) {
     if (known.contains(name)) continue;
     try {
-      const auto verdict = nlohmann::ordered_json::parse(read_text(fs, run_dir + "/" + name, kMaxBytes));
+      const auto verdict = nlohmann::ordered_json::parse(read_text(fs, folder + name, kMaxBytes));
       nlohmann::ordered_json event = {{"record", name}};
       for (const char* key : {"cause", "culprits", "hosts", "group", "sequence", "op", "message"})
         event[key] = verdict.at(key);

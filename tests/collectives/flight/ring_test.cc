@@ -132,6 +132,7 @@ TEST_F(RingTest, GroupsHaveTheSameIdOnAllMembersAndKnowThem) {
 TEST_F(RingTest, MoreGroupsThanRecordsAreStillCounted) {
   const auto world = ring_->add_world();
   std::vector<std::unique_ptr<Ring::Group>> groups;
+  groups.reserve(100);
   for (int i = 0; i < 100; ++i) groups.push_back(ring_->add_child(*world, i, "g", {3, 7, 4}));
   ring_->done(ring_->begin(*groups.back(), kAnySum));
   const RankReport report = reader_->read();
@@ -235,7 +236,7 @@ TEST(SweepTest, RingsOfTheDeadGoAndThoseOfTheLivingStay) {
   const auto mine = Ring::create(living, {.rank = 2, .world_size = 3});
   const pid_t child = ::fork();
   if (child == 0) {
-    Ring::create(dead, {.rank = 1, .world_size = 3}).release();
+    static_cast<void>(Ring::create(dead, {.rank = 1, .world_size = 3}).release());
     ::_exit(0);
   }
   int status = 0;
@@ -262,7 +263,7 @@ TEST(LivenessTest, AStoppedProcessIsSeen) {
   const std::string path = ring_path("test" + std::to_string(::getpid()), 6);
   const pid_t child = ::fork();
   if (child == 0) {
-    const auto ring = Ring::create(path, {.rank = 0, .world_size = 2});
+    static_cast<void>(Ring::create(path, {.rank = 0, .world_size = 2}).release());
     for (;;) ::pause();
   }
   std::unique_ptr<RingReader> reader;
@@ -278,8 +279,8 @@ TEST(LivenessTest, AStoppedProcessIsSeen) {
 }
 
 TEST(JobKeyTest, RanksOfAJobAgreeAndJobsDiffer) {
-  const auto key = [](std::map<std::string, std::string> variables) {
-    return job_key([variables](const char* name) -> std::optional<std::string> {
+  const auto key = [](const std::map<std::string, std::string>& variables) {
+    return job_key([&variables](const char* name) -> std::optional<std::string> {
       const auto found = variables.find(name);
       return found == variables.end() ? std::nullopt : std::optional(found->second);
     });
