@@ -121,6 +121,7 @@ TEST_F(AgentServerTest, WithoutASupervisorAnAgentIsAlone) {
 TEST_F(AgentServerTest, AHundredConnectionsKeepNobodyOutAndTakeNothing) {
   const size_t before = open_files();
   std::vector<UniqueFd> crowd;
+  crowd.reserve(100);
   for (int i = 0; i < 100; ++i) crowd.push_back(stranger());
   for (int i = 0; i < 20; ++i) serve();
   EXPECT_EQ(server_.connections(), AgentServer::kMostStrangers);

@@ -59,7 +59,7 @@ TEST(Slurm, CountsUnfold) {
 }
 
 Environment of(std::map<std::string, std::string> variables) {
-  return [variables](const char* name) -> std::optional<std::string> {
+  return [variables = std::move(variables)](const char* name) -> std::optional<std::string> {
     const auto found = variables.find(name);
     return found == variables.end() ? std::nullopt : std::optional(found->second);
   };

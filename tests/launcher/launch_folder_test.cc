@@ -22,8 +22,8 @@ using testing::IsEmpty;
 
 class LaunchFolderTest : public testing::Test {
  protected:
-  LaunchFolderTest() { ::setenv("TMPDIR", temporary_.path().c_str(), 1); }
-  ~LaunchFolderTest() override { ::unsetenv("TMPDIR"); }
+  void SetUp() override { ::setenv("TMPDIR", temporary_.path().c_str(), 1); }
+  void TearDown() override { ::unsetenv("TMPDIR"); }
   TempDir temporary_, run_;
 };
 

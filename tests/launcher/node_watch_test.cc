@@ -84,6 +84,7 @@ class Cluster {
   }
   static std::vector<NodeWatch::Node> places(int nodes) {
     std::vector<NodeWatch::Node> found;
+    found.reserve(static_cast<size_t>(nodes));
     for (int i = 0; i < nodes; ++i) found.push_back({"n" + std::to_string(i), {2 * i, 2 * i + 1}});
     return found;
   }

@@ -22,7 +22,7 @@ TEST(ProgramFlag, IsReadAsTheProgramReadsIt) {
   std::ofstream(folder / "inner.flags") << "--run_dir=inner\n";
   std::ofstream(folder / "outer.flags") << "# --run_dir=comment\n  --steps=4\n--flagfile=" << folder / "inner.flags"
                                         << "\n";
-  const auto of = [](std::vector<std::string> words) { return program_flag(words, "run_dir").value_or("none"); };
+  const auto of = [](const std::vector<std::string>& words) { return program_flag(words, "run_dir").value_or("none"); };
   EXPECT_EQ(of({"gpt", "--run_dir=a"}), "a");
   EXPECT_EQ(of({"gpt", "-run_dir", "b"}), "b");
   EXPECT_EQ(of({"gpt", "--run-dir=c"}), "c");
