@@ -94,7 +94,7 @@ TEST(LaunchRecords, RemovingTakesOnlyWhatIsOurs) {
 // NOLINTNEXTLINE(misc-no-recursion): that is what it is for
 [[gnu::noinline]] int overflow(volatile char* outer, int64_t depth) {
   volatile char frame[4096];
-  frame[0] = outer ? *outer : 1;
+  frame[0] = outer ? *outer : '\1';
   return depth == 0 ? 0 : overflow(frame, depth - 1) + frame[0];
 }
 

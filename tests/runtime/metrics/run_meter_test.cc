@@ -1,6 +1,7 @@
 // The figures of a run: what a page of them says, to the letter, and that no reader sees half of them.
 #include <atomic>
 #include <cmath>
+#include <limits>
 #include <thread>
 
 #include <gmock/gmock.h>
@@ -167,7 +168,7 @@ TEST(ExpositionTest, WhatIsNotFiniteIsSpelledAsPrometheusDoes) {
   StepFigures figures = step(101, 0.1);
   figures.loss = std::nan("");
   figures.grad_norm = INFINITY;
-  figures.learning_rate = -INFINITY;
+  figures.learning_rate = -std::numeric_limits<double>::infinity();
   meter.step(figures);
   const std::string text = meter.exposition();
   EXPECT_THAT(text, HasSubstr("\nlockstep_loss NaN\n"));
@@ -268,6 +269,7 @@ TEST(PublishedTest, ReadersSeeAWholeValueOrTheNext) {
   std::atomic<bool> is_over{false};
   std::atomic<int64_t> torn{0}, backwards{0};
   std::vector<std::thread> readers;
+  readers.reserve(2);
   for (int i = 0; i < 2; ++i) {
     readers.emplace_back([&] {
       for (uint64_t last = 0; !is_over;) {
