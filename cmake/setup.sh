@@ -66,10 +66,7 @@ install_python() {
 }
 
 install_packages
-[ "$purpose" = runtime ] || fetch_wheels "$here/wheels.txt"  # which both take it from
-trap wait EXIT  # also where Python's part fails: the other is not left behind
-install_libtorch & libtorch=$!
-[ "$purpose" = runtime ] || install_python
-wait $libtorch
+install_libtorch
+case $purpose in test|lint) install_python ;; esac
 mkdir -p "$deps"
 touch "$stamp"
