@@ -53,7 +53,8 @@ Owner myself() { return {own_host(), ::getpid(), start_time_of(::getpid()), std:
 std::optional<pid_t> parse_pid(const std::string& text) {
   pid_t pid = 0;
   const auto parsed = std::from_chars(text.data(), text.data() + text.size(), pid);
-  return parsed.ec == std::errc() && parsed.ptr == text.data() + text.size() ? std::optional(pid) : std::nullopt;
+  const bool is_whole = parsed.ec == std::errc() && parsed.ptr == text.data() + text.size();
+  return is_whole && pid > 0 ? std::optional(pid) : std::nullopt;
 }
 
 // nullopt: no name of ours.

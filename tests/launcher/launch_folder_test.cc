@@ -113,10 +113,13 @@ TEST_F(LaunchFolderTest, WhatADeadLauncherLeftIsSweptWithItsProcesses) {
 }
 
 TEST_F(LaunchFolderTest, OthersFoldersStay) {
-  for (const char* name : {"lockstep-elsewhere.1.2.3.abcdef", "lockstep-x", "lockstep-.....", "unrelated"})
-    files::create_directory(temporary_ / name);
+  const std::string pid = "." + std::to_string(::getpid()) + ".";
+  std::string no_pid = launcher_name();
+  no_pid.replace(no_pid.find(pid), pid.size(), ".-7.");
+  const std::string names[] = {"lockstep-elsewhere.1.2.3.abcdef", "lockstep-x", "lockstep-.....", "unrelated", no_pid};
+  for (const std::string& name : names) files::create_directory(temporary_ / name);
   sweep_dead_launches("");
-  EXPECT_EQ(std::distance(files::directory_iterator(temporary_.path()), {}), 4);
+  EXPECT_EQ(std::distance(files::directory_iterator(temporary_.path()), {}), std::ssize(names));
 }
 
 }  // namespace
