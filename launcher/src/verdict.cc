@@ -116,9 +116,9 @@ Verdict judge(const Evidence& evidence) {
   const bool has_cause = root && root->exit_code != kRunAgain && !end.was_ended_by_us;
   const bool is_consequence = outcome.exit_code == kRunAgain || (outcome.exit_code == kHang && has_crashed);
   if (has_cause && (is_consequence || outcome.exit_code == root->exit_code))
-    outcome = {root->exit_code, root->signal != 0 ? Cause::kCrashed : Cause::kThrown};
+    outcome = {root->exit_code, has_crashed ? Cause::kCrashed : Cause::kThrown};
   int signal = WIFSIGNALED(end.status) ? WTERMSIG(end.status) : WEXITSTATUS(end.status) - 128;
-  if (has_cause && root->signal != 0) signal = root->signal;
+  if (has_crashed) signal = root->signal;
   const bool stopped = evidence.done == kRunAgain;  // the ranks were asked, by us or by the batch system
   // Where the host of the rank that died is known, its kernel counts; else this machine's.
   const bool were_some_killed = evidence.death ? evidence.death->is_out_of_memory : evidence.out_of_memory_kills > 0;
