@@ -62,7 +62,7 @@ def main():
                     assert not is_harmless, where
                     assert kept < SAVES and folder in run.stderr and "errno" in run.stderr, where
                     failed += 1
-    assert failed > 2 * len(CALLS) and ignored > 2 * len(CALLS), (failed, ignored)
+    assert failed > 25 * len(CALLS) // 10 and ignored > 2 * len(CALLS), (failed, ignored)
     print(f"{failed} failing calls cost the save they were in; {ignored} that can be done without, or again, cost nothing")
 
 

@@ -9,12 +9,13 @@ submit() { OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 "$slurm" ex
 
 # Each of two ranks waits for the other before it ends: mpirun ends the other of one that fails.
 # shellcheck disable=SC2016  # for the ranks' shells
-again=$(submit 'start='"$lab"'/start-${SLURM_RESTART_COUNT:-0}; touch $start.$(hostname); until [ -e $start.n1 ] && [ -e $start.n2 ]; do sleep 0.1; done
+again=$(submit 'start='"$lab"'/start-${SLURM_RESTART_COUNT:-0}; hostname; touch $start.$(hostname); until [ -e $start.n1 ] && [ -e $start.n2 ]; do sleep 0.1; done
                 exit $((75 * (${SLURM_RESTART_COUNT:-0} == 0)))')
 wrong=$(submit 'exit 3')
 "$slurm" wait "$lab" "$wrong" 60 'JobState=FAILED .*ExitCode=3:0'
 "$slurm" wait "$lab" "$again" 60 'JobState=COMPLETED .*Restarts=1 '
-[ -e "$lab/start-1.n1" ] && [ -e "$lab/start-1.n2" ] || { ls "$lab"; cat "$lab/out.$again"; exit 1; }
+[ "$(find "$lab" -maxdepth 1 -name 'start-[01].n[12]' | wc -l)" = 4 ] || { ls "$lab"; exit 1; }
+[ "$(grep -x 'n[12]' "$lab/out.$again" | sort -u | wc -l)" = 2 ] || { cat "$lab/out.$again"; exit 1; }
 
 "$slurm" down "$lab"; trap - EXIT
 [ ! -e "$lab" ]
