@@ -8,6 +8,8 @@
 
 #include <lockstep/base/error.h>
 
+#include "complaint.h"
+
 namespace lockstep::format {
 namespace {
 
@@ -15,14 +17,11 @@ using testing::ElementsAre;
 using testing::HasSubstr;
 
 std::string json_complaint(const std::string& text) {
-  try {
+  return complaint_of([&] {
     JsonReader json(text, "'file'");
     json.skip_value();
     json.finish();
-    return "";
-  } catch (const CorruptData& error) {
-    return error.what();
-  }
+  });
 }
 
 TEST(JsonReaderTest, ValuesArePulledByKeyAndTheRestIsSkipped) {

@@ -11,6 +11,7 @@
 #include <lockstep/format/manifest.h>
 
 #include "../temp_dir.h"
+#include "complaint.h"
 
 namespace lockstep::format {
 namespace {
@@ -36,12 +37,7 @@ Manifest example() {
 std::string sign(const std::string& body) { return body + "crc32c " + hex8(crc32c(body)) + "\n"; }
 
 std::string manifest_complaint(const std::string& text) {
-  try {
-    parse_manifest(text, "dir/MANIFEST");
-    return "";
-  } catch (const CorruptData& error) {
-    return error.what();
-  }
+  return complaint_of([&] { parse_manifest(text, "dir/MANIFEST"); });
 }
 
 TEST(ManifestTest, ComesBackAsItWas) {

@@ -16,6 +16,7 @@
 #include <lockstep/format/writer.h>
 
 #include "../temp_dir.h"
+#include "complaint.h"
 #include "written_checkpoint.h"
 
 namespace lockstep::format {
@@ -139,12 +140,7 @@ TEST(ReaderTest, AManifestThatDoesNotMatchItsShardsIsRefusedOnOpening) {
     spoil(manifest);
     std::filesystem::remove(path);
     write_durable(real_fs(), path, encode_manifest(manifest));
-    try {
-      const Reader reader(real_fs(), directory.path());
-      return "";
-    } catch (const CorruptData& error) {
-      return error.what();
-    }
+    return complaint_of([&] { const Reader reader(real_fs(), directory.path()); });
   };
   const int64_t huge = int64_t{1} << 50;
   EXPECT_EQ(complaint([](Manifest&) {}), "");

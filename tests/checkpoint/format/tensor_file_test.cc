@@ -8,6 +8,8 @@
 #include <lockstep/format/checksum.h>
 #include <lockstep/format/tensor_file.h>
 
+#include "complaint.h"
+
 namespace lockstep::format {
 namespace {
 
@@ -23,14 +25,8 @@ TensorHeader parse(const std::string& json, uint64_t data_bytes) {
   return parse_header(head, head.size() + data_bytes, "x.safetensors");
 }
 
-// The message of the CorruptData that parsing throws, empty when it throws none.
 std::string header_complaint(const std::string& json, uint64_t data_bytes) {
-  try {
-    parse(json, data_bytes);
-    return "";
-  } catch (const CorruptData& error) {
-    return error.what();
-  }
+  return complaint_of([&] { parse(json, data_bytes); });
 }
 
 TEST(ChecksumTest, Crc32cHasItsCheckValue) {
