@@ -27,7 +27,9 @@ def included(file, seen):  # what of ours it includes, and what that does
     for name in re.findall(r'#include ["<](\S+)[">]', open(file).read()):
         beside = os.path.normpath(os.path.join(os.path.dirname(file), name))
         for found in [beside] if beside in ours else [header for header in ours if header.endswith("/" + name)]:
-            if found not in seen: seen.add(found), included(found, seen)
+            if found in seen: continue
+            seen.add(found)
+            included(found, seen)
     return seen
 for source in ours:
     if not source.endswith(".cc") or source.endswith("cmake/empty.cc"): continue
