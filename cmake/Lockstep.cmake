@@ -2,25 +2,37 @@
 include(Layers)
 include(CMakePackageConfigHelpers)
 
-# One shared precompiled core of LibTorch: 20 s to parse, 3 s from here. All of torch/torch.h would cost each file another 3 s. Ask for it
-# with TORCH_PCH where nn::Module is needed.
-add_library(lockstep_torch_pch OBJECT EXCLUDE_FROM_ALL "${CMAKE_CURRENT_LIST_DIR}/empty.cc")
-target_link_libraries(lockstep_torch_pch PRIVATE lockstep_options lockstep::torch_cpu)
-target_precompile_headers(lockstep_torch_pch PRIVATE <torch/types.h> <torch/autograd.h> <torch/nn/module.h>)
-
-function(lockstep_use_torch_pch target)
-  target_precompile_headers(${target} REUSE_FROM lockstep_torch_pch)
-  target_link_libraries(${target} PRIVATE lockstep::torch_cpu)
+# Precompiled headers, each compiled once and shared by all who use it:
+#   torch   TORCH_PCH: the core of LibTorch, where nn::Module is needed. 20 s to parse, 3 s from here, which go into GCC's instantiations of
+#           what is in it: all of torch/torch.h would cost each file another 3 s.
+#   tensor  TENSOR_PCH: at::Tensor alone, half a second.
+#   gtest   tests; tensor_gtest: those with TENSOR_PCH.
+function(lockstep_add_pch name)
+  cmake_parse_arguments(arg "" "" "HEADERS;LINKS;OPTIONS" ${ARGN})
+  add_library(lockstep_${name}_pch OBJECT EXCLUDE_FROM_ALL "${PROJECT_SOURCE_DIR}/cmake/empty.cc")
+  target_link_libraries(lockstep_${name}_pch PRIVATE lockstep_options ${arg_LINKS})
+  target_compile_options(lockstep_${name}_pch PRIVATE ${arg_OPTIONS})
+  target_precompile_headers(lockstep_${name}_pch PRIVATE ${arg_HEADERS})
 endfunction()
 
 # Tests compile fast; what they test keeps its optimisation.
 set(LOCKSTEP_TEST_OPTIMISATION $<IF:$<CONFIG:Release>,-O1,-O0>)
+lockstep_add_pch(torch LINKS lockstep::torch_cpu HEADERS <torch/types.h> <torch/autograd.h> <torch/nn/module.h>)
+lockstep_add_pch(tensor LINKS lockstep::torch_cpu HEADERS <ATen/core/Tensor.h>)
 if(LOCKSTEP_BUILD_TESTS)
-  add_library(lockstep_gtest_pch OBJECT EXCLUDE_FROM_ALL "${CMAKE_CURRENT_LIST_DIR}/empty.cc")
-  target_link_libraries(lockstep_gtest_pch PRIVATE lockstep_options GTest::gtest GTest::gmock)
-  target_compile_options(lockstep_gtest_pch PRIVATE ${LOCKSTEP_TEST_OPTIMISATION})
-  target_precompile_headers(lockstep_gtest_pch PRIVATE <gmock/gmock.h> <gtest/gtest.h>)
+  lockstep_add_pch(gtest LINKS GTest::gmock OPTIONS ${LOCKSTEP_TEST_OPTIMISATION} HEADERS <gmock/gmock.h> <gtest/gtest.h>)
+  lockstep_add_pch(tensor_gtest LINKS lockstep::torch_cpu GTest::gmock OPTIONS ${LOCKSTEP_TEST_OPTIMISATION}
+                   HEADERS <ATen/core/Tensor.h> <gmock/gmock.h> <gtest/gtest.h>)
 endif()
+
+function(lockstep_use_pch target name)
+  target_precompile_headers(${target} REUSE_FROM lockstep_${name}_pch)
+endfunction()
+
+function(lockstep_use_torch_pch target)
+  lockstep_use_pch(${target} torch)
+  target_link_libraries(${target} PRIVATE lockstep::torch_cpu)
+endfunction()
 
 # Several sources to a compile, but for those with options of their own and in the dev preset. `make lint` looks at each alone.
 function(lockstep_compile_together target)
@@ -28,9 +40,9 @@ function(lockstep_compile_together target)
   target_compile_options(${target} PRIVATE $<$<CXX_COMPILER_ID:GNU>:-Wno-subobject-linkage>)  # meant for headers; takes an included source for one
 endfunction()
 
-# lockstep_add_library(name HEADERS include/lockstep/name/x.h... SOURCES src/x.cc... PUBLIC targets... PRIVATE targets... [TORCH_PCH])
+# lockstep_add_library(name HEADERS include/lockstep/name/x.h... SOURCES src/x.cc... PUBLIC targets... PRIVATE targets... [TORCH_PCH | TENSOR_PCH])
 function(lockstep_add_library name)
-  cmake_parse_arguments(arg "TORCH_PCH" "" "HEADERS;SOURCES;PUBLIC;PRIVATE" ${ARGN})
+  cmake_parse_arguments(arg "TORCH_PCH;TENSOR_PCH" "" "HEADERS;SOURCES;PUBLIC;PRIVATE" ${ARGN})
   lockstep_check_layers(${name} "${arg_PUBLIC};${arg_PRIVATE}")
   if(arg_SOURCES)
     add_library(lockstep_${name} SHARED ${arg_SOURCES})
@@ -54,6 +66,8 @@ function(lockstep_add_library name)
   endif()
   if(arg_TORCH_PCH)
     lockstep_use_torch_pch(lockstep_${name})
+  elseif(arg_TENSOR_PCH)
+    lockstep_use_pch(lockstep_${name} tensor)
   endif()
   set_property(GLOBAL APPEND PROPERTY LOCKSTEP_INSTALL_TARGETS lockstep_${name})
   set_property(GLOBAL APPEND PROPERTY LOCKSTEP_LIBRARIES ${name})
@@ -70,13 +84,15 @@ function(lockstep_add_program name)
   install(TARGETS ${name} RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
 endfunction()
 
-# lockstep_add_test(name SOURCES... LINKS... [WORLD_SIZES 1 2 3] [ARGS...] [TIMEOUT s] [PROCESSORS n] [LABELS...] [TORCH_PCH] [TORCH_FREE] [DEEP])
+# lockstep_add_test(name SOURCES... LINKS... [WORLD_SIZES 1 2 3] [ARGS...] [TIMEOUT s] [PROCESSORS n] [LABELS...]
+#                   [TORCH_PCH | TENSOR_PCH] [TORCH_FREE] [DEEP])
 #   Without WORLD_SIZES: one ctest of a GoogleTest binary, <name>_test.
 #   With WORLD_SIZES: the binary brings its own main (tests/support/mpi_main.cc) and runs under mpirun once for each size.
+#   PROCESSORS 2: keeps two cores busy (measured), so nothing runs beside it where there are two. Ranks that mostly wait are 1.
 #   TORCH_FREE: also built and run by `make test` under the sanitizers.
 #   DEEP: only with LOCKSTEP_DEEP, as `make deep` sets it.
 function(lockstep_add_test name)
-  cmake_parse_arguments(arg "TORCH_PCH;TORCH_FREE;DEEP" "TIMEOUT;PROCESSORS" "SOURCES;LINKS;WORLD_SIZES;ARGS;LABELS;DEPENDS" ${ARGN})
+  cmake_parse_arguments(arg "TORCH_PCH;TENSOR_PCH;TORCH_FREE;DEEP" "TIMEOUT;PROCESSORS" "SOURCES;LINKS;WORLD_SIZES;ARGS;LABELS;DEPENDS" ${ARGN})
   if(NOT LOCKSTEP_BUILD_TESTS OR (arg_DEEP AND NOT LOCKSTEP_DEEP))
     return()
   endif()
@@ -95,7 +111,11 @@ function(lockstep_add_test name)
     lockstep_use_torch_pch(${target})
     target_compile_options(${target} PRIVATE -O1)  # what the precompiled header allows
   else()
-    target_precompile_headers(${target} REUSE_FROM lockstep_gtest_pch)
+    if(arg_TENSOR_PCH)
+      lockstep_use_pch(${target} tensor_gtest)
+    else()
+      lockstep_use_pch(${target} gtest)
+    endif()
     target_compile_options(${target} PRIVATE ${LOCKSTEP_TEST_OPTIMISATION})
   endif()
   lockstep_compile_together(${target})

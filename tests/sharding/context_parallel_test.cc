@@ -16,7 +16,6 @@ namespace {
 
 using nn::error_of;
 using nn::normal;
-using nn::same_bits;
 
 class ContextParallelTest : public testing::TestWithParam<int> {};  // context-parallel size
 INSTANTIATE_TEST_SUITE_P(Sizes, ContextParallelTest, testing::Values(1, 2, 3, 4));

@@ -20,7 +20,6 @@ using testing::HasSubstr;
 using test::kShapes;
 using test::leaf_gradient;
 using test::Model;
-using test::same_bits;
 using test::tree_sum;
 
 ExactSum step(GradientReducer& reducer, const Model& model) {

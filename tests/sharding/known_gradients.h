@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cmath>
-#include <cstring>
 #include <functional>
 #include <string>
 #include <vector>
@@ -12,6 +11,8 @@
 
 #include <lockstep/base/counter_random.h>
 #include <lockstep/sharding/gradient_sync.h>
+
+#include "../support/same_bits.h"
 
 namespace lockstep::test {
 
@@ -33,10 +34,6 @@ inline at::Tensor tree_sum(int64_t begin, int64_t end, size_t i) {
   int64_t half = 1;
   while (2 * half < end - begin) half *= 2;
   return tree_sum(begin, begin + half, i) + tree_sum(begin + half, end, i);
-}
-
-inline bool same_bits(const at::Tensor& a, const at::Tensor& b) {
-  return a.sizes() == b.sizes() && std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.nbytes()) == 0;
 }
 
 struct Model {

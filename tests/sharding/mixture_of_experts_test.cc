@@ -17,7 +17,6 @@ namespace {
 
 using nn::error_of;
 using nn::normal;
-using nn::same_bits;
 
 const MixtureOptions kOptions{.width = 12, .ffn_width = 20, .num_experts = 5, .top_k = 2, .balance_weight = 0.5};
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cmath>
-#include <cstring>
 #include <functional>
 #include <map>
 
@@ -19,6 +18,8 @@
 #include <lockstep/nn/precision.h>
 #include <lockstep/sharding/layer_split.h>
 #include <lockstep/sharding/pipeline_runner.h>
+
+#include "../support/same_bits.h"
 
 namespace lockstep::test {
 
@@ -136,13 +137,6 @@ struct Record {
   std::map<Place, std::vector<at::Tensor>> gradients;  // of the layer's parameters, of one micro-batch alone
   std::map<int64_t, at::Tensor> losses;
 };
-
-inline bool same_bits(const at::Tensor& a, const at::Tensor& b) {
-  if (!a.defined() || !b.defined()) return a.defined() == b.defined();
-  const at::Tensor x = a.contiguous(), y = b.contiguous();
-  return x.sizes() == y.sizes() && x.dtype() == y.dtype() &&
-         std::memcmp(x.const_data_ptr(), y.const_data_ptr(), x.nbytes()) == 0;
-}
 
 // The canonical tree, by naive recursion.
 inline at::Tensor tree_sum(const std::vector<at::Tensor>& leaves, size_t begin, size_t end) {

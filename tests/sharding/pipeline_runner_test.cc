@@ -101,7 +101,7 @@ TEST_P(PipelineRunnerTest, EvaluationGivesTheLastStageEveryOutputWhateverItsShap
                                       }});
       ASSERT_EQ(outputs.size(), pipeline.rank() == GetParam() - 1 ? kMicroBatches : 0);
       for (size_t i = 0; i < outputs.size(); ++i) {
-        EXPECT_TRUE(test::same_bits(outputs[i], at::linear(at::linear(batch(static_cast<int64_t>(i)), first), second)));
+        EXPECT_TRUE(same_bits(outputs[i], at::linear(at::linear(batch(static_cast<int64_t>(i)), first), second)));
       }
     });
   }
@@ -323,7 +323,7 @@ TEST(PipelineRunnerDataParallelTest, SumsOverColumnsAreTheUncutModels) {
             for (size_t k = 0; k < model.layers[layer].parameters.size(); ++k, ++i) {
               std::vector<at::Tensor> leaves;
               for (int64_t leaf = 0; leaf < num_leaves; ++leaf) leaves.push_back(whole.gradients.at({leaf, layer})[k]);
-              EXPECT_TRUE(test::same_bits(reducers.of_chunk[chunk]->grad(i), test::tree_sum(leaves, 0, leaves.size())))
+              EXPECT_TRUE(same_bits(reducers.of_chunk[chunk]->grad(i), test::tree_sum(leaves, 0, leaves.size())))
                   << name_of(schedule) << ", stage " << stage << ", layer " << layer << ", parameter " << k;
             }
           }

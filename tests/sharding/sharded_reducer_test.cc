@@ -19,7 +19,6 @@ namespace {
 using test::kShapes;
 using test::leaf_gradient;
 using test::Model;
-using test::same_bits;
 using test::tree_sum;
 
 const std::vector<std::vector<size_t>> kUnits = {{0, 1, 2}, {3}, {4, 5, 6}};

@@ -20,7 +20,6 @@ namespace {
 
 using nn::error_of;
 using nn::normal;
-using nn::same_bits;
 using testing::HasSubstr;
 
 constexpr double kBound = 1e-5;  // relative to the tensor's largest element

@@ -13,7 +13,6 @@ namespace lockstep {
 namespace {
 
 using test::Record;
-using test::same_bits;
 using test::StackModel;
 
 constexpr int64_t kMicroBatches = 6;

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <cstring>
 #include <vector>
 
 #include <torch/types.h>
@@ -12,12 +11,9 @@
 #include <lockstep/nn/norm.h>
 #include <lockstep/sharding/recompute.h>
 
-namespace lockstep {
+#include "../support/same_bits.h"
 
-inline bool same_bits(const at::Tensor& a, const at::Tensor& b) {
-  return a.defined() && b.defined() && a.sizes() == b.sizes() && a.scalar_type() == b.scalar_type() &&
-         std::memcmp(a.contiguous().const_data_ptr(), b.contiguous().const_data_ptr(), a.nbytes()) == 0;
-}
+namespace lockstep {
 
 inline at::Tensor normal(at::IntArrayRef sizes, uint64_t key) {
   const at::Tensor x = at::empty(sizes, at::kFloat);
@@ -116,7 +112,7 @@ class Stack {
 inline int num_different(const std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b) {
   int count = a.size() != b.size();
   for (size_t i = 0; i < std::min(a.size(), b.size()); ++i) {
-    count += a[i].defined() || b[i].defined() ? !same_bits(a[i], b[i]) : 0;
+    count += !same_bits(a[i], b[i]);
   }
   return count;
 }

@@ -18,7 +18,6 @@ namespace {
 
 using nn::error_of;
 using nn::normal;
-using nn::same_bits;
 
 constexpr double kVocabBound = 1e-5;
 

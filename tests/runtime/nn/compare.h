@@ -1,6 +1,5 @@
 #pragma once
 
-#include <cstring>
 #include <functional>
 #include <limits>
 #include <vector>
@@ -9,6 +8,8 @@
 #include <torch/types.h>
 
 #include <lockstep/base/counter_random.h>
+
+#include "../../support/same_bits.h"
 
 namespace lockstep::nn {
 
@@ -21,12 +22,6 @@ inline at::Tensor normal(at::IntArrayRef sizes, uint64_t key, at::ScalarType typ
   for (int64_t i = 0; i < x.numel(); ++i)
     x.mutable_data_ptr<float>()[i] = normal_at(stream_key(key, "test"), static_cast<uint64_t>(i));
   return x.to(type);
-}
-
-inline bool same_bits(const at::Tensor& a, const at::Tensor& b) {
-  const at::Tensor x = a.contiguous(), y = b.contiguous();
-  return x.sizes() == y.sizes() && x.scalar_type() == y.scalar_type() &&
-         (x.numel() == 0 || std::memcmp(x.const_data_ptr(), y.const_data_ptr(), x.nbytes()) == 0);
 }
 
 /// max |a - b| / max |b|: relative to the tensor, because relative to an element near zero it means nothing.

@@ -12,6 +12,8 @@
 #include <lockstep/base/error.h>
 #include <lockstep/optim/optimizer.h>
 
+#include "../../support/same_bits.h"
+
 namespace lockstep::optim {
 namespace {
 
@@ -23,11 +25,6 @@ at::Tensor normal(const at::IntArrayRef sizes, uint64_t key, double scale = 1) {
   for (int64_t i = 0; i < x.numel(); ++i)
     x.mutable_data_ptr<float>()[i] = static_cast<float>(scale) * normal_at(key, static_cast<uint64_t>(i));
   return x;
-}
-
-bool same_bits(const at::Tensor& a, const at::Tensor& b) {
-  return a.sizes() == b.sizes() && a.scalar_type() == b.scalar_type() &&
-         std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.nbytes()) == 0;
 }
 
 double farthest(const at::Tensor& a, const at::Tensor& b) {
