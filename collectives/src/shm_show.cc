@@ -1,4 +1,6 @@
+#include <algorithm>
 #include <cstring>
+#include <span>
 
 #include <lockstep/base/error.h>
 
@@ -46,7 +48,7 @@ class Show : public ShmExchange {
   }
 
  private:
-  void post() override { std::memcpy(letter(channel_->rank), offsets_.data(), offsets_.size() * sizeof(int64_t)); }
+  void post() override { std::ranges::copy(std::as_bytes(std::span(offsets_)), letter(channel_->rank)); }
   bool may_take() const override { return is_read_; }
   void keep_rest_for_ever() override {
     for (auto& copy : copies_) keep_for_ever({}, std::move(copy));
