@@ -14,29 +14,18 @@ stage() {  # stage NAME COMMAND...
   echo "=== $name took $((SECONDS - start)) s"
 }
 
-build_sanitized() {  # build_sanitized PRESET...
-  local preset
-  for preset; do
-    cmake --preset "$preset" -DLOCKSTEP_DEEP="${LOCKSTEP_DEEP:-0}" > "$logs/$preset-build.log" 2>&1 &&
-      cmake --build "build/$preset" -j "$jobs" --target sanitized_tests >> "$logs/$preset-build.log" 2>&1 || return 1
-  done
-}
-
-wait_for_builds() { wait "$builds" || { tail -n 40 "$logs"/{asan,tsan}-build.log; return 1; } }
-
 sanitizer() {  # sanitizer PRESET LABELS
+  cmake --preset "$1" -DLOCKSTEP_DEEP="${LOCKSTEP_DEEP:-0}" > "$logs/$1-configure.log" 2>&1 || { cat "$logs/$1-configure.log"; return 1; }
+  cmake --build "build/$1" -j "$jobs" --target sanitized_tests > "$logs/$1-build.log" 2>&1 || { tail -n 40 "$logs/$1-build.log"; return 1; }
   ctest --test-dir "build/$1" -L "$2" -j "$jobs" --output-on-failure --no-tests=error --output-log "$logs/$1.log"
 }
 
 export UBSAN_OPTIONS=print_stacktrace=1 LSAN_OPTIONS=suppressions=$PWD/tests/support/lsan.supp TSAN_OPTIONS="suppressions=$PWD/tests/support/tsan.supp halt_on_error=1"
 [ "${LOCKSTEP_DEEP:-0}" = 0 ] || export ASAN_OPTIONS=fast_unwind_on_malloc=0  # slow, but tells whose a leak is: of Open MPI's many
-# Tests of many processes leave a fifth of two cores idle. What is to run under the sanitizers is built in that time, and in no other.
-(chrt --idle --pid 0 "$BASHPID"; build_sanitized asan tsan) & builds=$!
-stage "all tests" ctest --test-dir build/release -j "$jobs" --output-on-failure --no-tests=error --output-log "$logs/release.log" -V -Q
-tail -n 30 "$logs/release.log" | grep -E "tests passed|Test time|FAILED|Failed" || true
-stage "the rest of the sanitizers' builds" wait_for_builds
 stage "address sanitizer and fuzzers" sanitizer asan 'sanitized|parser_fuzzer'
 stage "thread sanitizer" sanitizer tsan sanitized
+stage "all tests" ctest --test-dir build/release -j "$jobs" --output-on-failure --no-tests=error --output-log "$logs/release.log" -V -Q
+tail -n 30 "$logs/release.log" | grep -E "tests passed|Test time|FAILED|Failed" || true
 
 # GoogleTest prints "[  SKIPPED ] Name" after the reason; scripts print "SKIPPED: name: reason".
 grep -hE "SKIPPED: " "$logs"/*.log | sed 's/^[0-9]*: //' | sort -u > "$logs/skipped" || true

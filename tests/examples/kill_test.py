@@ -82,17 +82,20 @@ def main():
     print(f"seed {seed}; again with LOCKSTEP_SEED={seed}", flush=True)
     generator = random.Random(seed)
     times = 3 if os.environ.get("LOCKSTEP_DEEP") else 1
-    steps = STEPS_A_KILL * max(KILLS.values())
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         runs.write_tokens(folder / "train.bin", 40_000)
-        flags = [f"--train_data={folder / 'train.bin'}", f"--steps={steps}", *FLAGS]
-        runs.run(bin_dir, "gpt", 1, folder / "alone", flags)
-        expected = runs.digests(bin_dir, folder / "alone"), runs.losses(folder / "alone")
+        data = f"--train_data={folder / 'train.bin'}"
+        expected = {}  # by kills: what a run of as many steps ends with that nobody disturbs
+        for kills in set(KILLS.values()):
+            alone = folder / f"alone-{kills}"
+            runs.run(bin_dir, "gpt", 1, alone, [data, f"--steps={STEPS_A_KILL * kills}", *FLAGS])
+            expected[kills] = runs.digests(bin_dir, alone), runs.losses(alone)
         for turn in range(times):
             (folder / f"turn-{turn}").mkdir()
             for ranks, kills in KILLS.items():
-                waits = play(bin_dir, folder / f"turn-{turn}", ranks, kills, flags, expected, generator)
+                flags = [data, f"--steps={STEPS_A_KILL * kills}", *FLAGS]
+                waits = play(bin_dir, folder / f"turn-{turn}", ranks, kills, flags, expected[kills], generator)
                 launcher_s, first_step_s = (statistics.median(values) for values in zip(*waits))
                 print(f"{ranks} ranks: {len(waits)} kills, median {launcher_s:.2f} s until it starts again, {first_step_s:.2f} s until the first new step; same bits", flush=True)
                 if ranks == 4:
