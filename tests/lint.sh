@@ -17,7 +17,7 @@ build, cache = sys.argv[1:]
 root = os.getcwd()
 commands = {}
 for entry in json.load(open(f"{build}/compile_commands.json")):
-    entry["command"] = re.sub(r"-include \S*cmake_pch\.hxx|-Winvalid-pch|-Wno-missing-field-initializers|-Wno-subobject-linkage", "", re.sub(r"^.*?(?=/\S*c\+\+ )", "", entry["command"]))
+    entry["command"] = re.sub(r"-include \S*cmake_pch\.hxx|-Winvalid-pch|-Wno-missing-field-initializers|-Wno-subobject-linkage|--param=\S+", "", re.sub(r"^.*?(?=/\S*c\+\+ )", "", entry["command"]))
     is_unity = entry["file"].endswith("_cxx.cxx") and "/Unity/" in entry["file"]  # of several sources: each is looked at alone
     for source in re.findall(r'#include "(\S+\.cc)"', open(entry["file"]).read()) if is_unity else [entry["file"]]:
         commands[source] = {**entry, "command": entry["command"].replace(entry["file"], source), "file": source}  # once, whoever compiles it
