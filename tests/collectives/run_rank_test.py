@@ -154,8 +154,7 @@ def test_killed_ranks_leave_no_shared_memory_behind():
                 os.kill(pid, signal.SIGKILL)
             job.process.communicate(timeout=60)
         assert not ours()
-    # What runs beside this test may hold some for a moment.
-    wait_until(lambda: memory_in_use() < before + (100 << 10), 30, "shared memory outlives its ranks")
+    assert memory_in_use() < before + (100 << 10), "shared memory outlives its ranks"
 
 
 def memory_in_use():  # KiB of shared memory on the machine
