@@ -80,9 +80,7 @@ class Process {
  private:
   [[noreturn]] void become_program(pid_t parent, int errors) const {
     ::setpgid(0, 0);  // Ctrl-C reaches the launcher alone; it turns it into a request to save
-    // When the launcher dies: TERM lets mpirun end its ranks and remove its files of /dev/shm; a lone program just
-    // ends.
-    ::prctl(PR_SET_PDEATHSIG, job_.under_mpirun ? SIGTERM : SIGKILL);
+    ::prctl(PR_SET_PDEATHSIG, ending_signal());  // when the launcher dies
     if (::getppid() != parent) ::_exit(static_cast<int>(ExitCode::kRunAgain));
     ::signal(SIGPIPE, SIG_DFL);  // ignored ones are inherited
     for (const auto& [name, value] : job_.environment) ::setenv(name.c_str(), value.c_str(), 1);
@@ -170,10 +168,14 @@ class Process {
     end_ranks(Clock::now() + (waits_in_vain ? kWithoutHosts : std::chrono::milliseconds(kMpirunEnds)));
   }
 
+  /// Lets mpirun end its ranks and remove its files of /dev/shm; a lone program just ends. Not TERM, which does the
+  /// same but is blocked in a script of `submit`.
+  int ending_signal() const { return job_.under_mpirun ? SIGINT : SIGKILL; }
+
   void end_ranks(Clock::time_point deadline) {
     terminated_ = true;
     deadline_ = deadline;
-    ::kill(-pid_, job_.under_mpirun ? SIGTERM : SIGKILL);
+    ::kill(-pid_, ending_signal());
     ::kill(-pid_, SIGCONT);  // one that is stopped could not end
   }
 

@@ -226,7 +226,8 @@ class Supervisor {
     Ending& ending = verdict.ending;
     if (run_dir_.empty()) run_dir_ = program_run_dir(plan_.program);  // it is there by now
     ending.durable_step = newest_durable_step(run_dir_);
-    if (verdict.first_failure && !ending.step) {  // one that was killed could not say where it was
+    // One that was killed could not say where it was; one that refuses its flags was nowhere yet.
+    if (verdict.first_failure && !ending.step && ending.exit_code != kConfig) {
       ending.step = last_reported_step(run_dir_);
       if (ending.step && ending.was_ready) *verdict.first_failure += ", about step " + std::to_string(*ending.step);
     }

@@ -162,6 +162,22 @@ TEST(Restart, AProcessThatHidesIsEndedWithTheJob) {
   }
 }
 
+// In a script of `submit` TERM is blocked, in mpirun too.
+TEST(Restart, RanksEndWithTheirLauncherWhereTermIsBlocked) {
+  const TempDir folder;
+  sigset_t term, before;
+  ::sigemptyset(&term);
+  ::sigaddset(&term, SIGTERM);
+  ::pthread_sigmask(SIG_BLOCK, &term, &before);
+  LockstepProcess process(job(2, "stay", folder, 0, 0));
+  ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  const auto pids = wait_for_ranks(folder.path(), 2);
+  ASSERT_TRUE(pids) << process.err();
+  process.send(SIGKILL);
+  EXPECT_TRUE(are_gone(*pids, 5));
+  lockstep_run({"run", "--", "/bin/true"});  // sweeps
+}
+
 // T14.
 TEST(Restart, KillsLeaveNothing) {
   const int cycles = std::getenv("LOCKSTEP_DEEP") ? 100 : 20;
@@ -234,6 +250,16 @@ TEST_F(HostsTest, WithFewerHostsItRunsInTheLargestWorldThatTheProgramAccepts) {
       start({"-n", "6", "--min_ranks", "2", "--hosts", "a:3,b:3"}, {"choosy", folder_.path(), "0", "2"});
   EXPECT_EQ(ended.code, 0) << ended.err;
   EXPECT_THAT(ended.err, HasSubstr("does not accept 3 ranks"));
+  EXPECT_EQ(size(), "2");
+}
+
+TEST_F(HostsTest, SoItDoesWhereEarlierStartsHaveTrained) {
+  lose("b");
+  const TempDir run;
+  std::ofstream(run / "metrics.jsonl") << "{\"step\":7}\n";
+  const Ended ended = start({"-n", "6", "--min_ranks", "2", "--hosts", "a:3,b:3"},
+                            {"choosy", folder_.path(), "0", "2", "--run_dir=" + run.path()});
+  EXPECT_EQ(ended.code, 0) << ended.err;
   EXPECT_EQ(size(), "2");
 }
 
