@@ -119,7 +119,7 @@ std::vector<int64_t> parse_slurm_counts(const std::string& counts) {
     const auto nodes = times == std::string::npos || item.back() != ')'
                            ? std::optional<int64_t>(times == std::string::npos ? 1 : 0)
                            : whole_number(item.substr(times + 2, item.size() - times - 3));
-    if (!count || nodes.value_or(0) < 1)
+    if (!count || nodes.value_or(0) < 1 || static_cast<int64_t>(found.size()) + *nodes > kMostSlots)
       throw ConfigError("Slurm's count of tasks '" + counts + "' is not understood. Mend: pass --hosts=a:4,b:4");
     found.insert(found.end(), static_cast<size_t>(*nodes), *count);
   }
@@ -151,6 +151,12 @@ int64_t total_slots(const std::vector<Host>& hosts) {
   int64_t total = 0;
   for (const Host& host : hosts) total += host.slots;
   return total;
+}
+
+const std::string& Placement::host_of(int64_t rank) const {
+  auto host = hosts.begin();
+  for (; rank >= host->slots; ++host) rank -= host->slots;
+  return host->name;
 }
 
 std::string Placement::describe() const {

@@ -38,6 +38,7 @@ struct Placement {
   std::vector<Host> hosts;          ///< slots: the ranks it gets
   std::vector<std::string> spares;  ///< they would be next
   int64_t ranks() const { return total_slots(hosts); }
+  const std::string& host_of(int64_t rank) const;
   std::string describe() const;  ///< "ranks 0-3 on a, 4-7 on b; spare: c"
 };
 

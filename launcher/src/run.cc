@@ -66,20 +66,35 @@ std::vector<Host> read_hostfile(const std::string& path, int64_t cores) {
   }
 }
 
+// Whether srun reaches all of these.
+bool are_allocated(const std::vector<Host>& hosts) try {
+  const std::vector<Host> nodes = slurm_hosts(process_environment(), &expand_node_list);
+  return std::all_of(hosts.begin(), hosts.end(), [&](const Host& host) {
+    return std::any_of(nodes.begin(), nodes.end(), [&](const Host& node) { return node.name == host.name; });
+  });
+} catch (const ConfigError&) {  // whose mend is to name hosts
+  return false;
+}
+
 void find_hosts(Plan& plan, const Arguments& arguments) {
   if (arguments.has("hosts") && arguments.has("hostfile"))
     throw ConfigError("--hosts and --hostfile are both given. Mend: one of them");
+  const Environment environment = process_environment();
   if (const auto list = arguments.find("hosts")) {
     plan.hosts = parse_host_list(*list);
+    plan.in_slurm = are_allocated(plan.hosts);
   } else if (const auto file = arguments.find("hostfile")) {
     plan.hosts = read_hostfile(*file, plan.cores);
+    plan.in_slurm = are_allocated(plan.hosts);
   } else {
-    plan.hosts = slurm_hosts(process_environment(), &expand_node_list);
+    plan.hosts = slurm_hosts(environment, &expand_node_list);
     plan.in_slurm = !plan.hosts.empty();
   }
-  plan.on_this_machine =
-      std::all_of(plan.hosts.begin(), plan.hosts.end(), [](const Host& host) { return is_this_machine(host.name); });
-  if (plan.in_slurm && plan.hosts.size() == 1) plan.on_this_machine = true;  // where a batch script runs
+  // A batch script runs on the first node of its job; the shell of salloc may not.
+  const auto node = environment("SLURMD_NODENAME");
+  plan.on_this_machine = std::all_of(plan.hosts.begin(), plan.hosts.end(), [&](const Host& host) {
+    return is_this_machine(host.name) || (plan.in_slurm && host.name == node);
+  });
 }
 
 void size_world(Plan& plan, const Arguments& arguments) {

@@ -22,11 +22,11 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-constexpr int kMostNestedFlagfiles = 4;
+constexpr int kMostNestedFlagfiles = 4, kMostFlagfiles = 100;  // as the programs' own parser has it
 constexpr int64_t kTailBytes = 64 << 10;
 constexpr uint64_t kMaxStateBytes = 1 << 20;
 
-void find_flag(const std::vector<std::string>& words, const std::string& wanted, int depth,
+void find_flag(const std::vector<std::string>& words, const std::string& wanted, int depth, int& files,
                std::optional<std::string>& found) {
   for (size_t i = 0; i < words.size(); ++i) {
     const size_t dashes = words[i].find_first_not_of('-'), equals = words[i].find('=');
@@ -38,7 +38,7 @@ void find_flag(const std::vector<std::string>& words, const std::string& wanted,
     const std::string value = equals == std::string::npos ? words[++i] : words[i].substr(equals + 1);
     if (name == wanted) {
       found = value;
-    } else if (depth < kMostNestedFlagfiles) {
+    } else if (depth < kMostNestedFlagfiles && files++ < kMostFlagfiles) {
       std::vector<std::string> lines;
       std::ifstream file(value);
       for (std::string line; std::getline(file, line);) {
@@ -46,7 +46,7 @@ void find_flag(const std::vector<std::string>& words, const std::string& wanted,
         line.erase(line.find_last_not_of(" \t\r") + 1);
         if (!line.empty() && line[0] != '#') lines.push_back(line);
       }
-      find_flag(lines, wanted, depth + 1, found);
+      find_flag(lines, wanted, depth + 1, files, found);
     }
   }
 }
@@ -123,7 +123,8 @@ SupervisorState from_json(const Json& json) {
 
 std::optional<std::string> program_flag(const std::vector<std::string>& words, const std::string& name) {
   std::optional<std::string> found;
-  find_flag(words, name, 0, found);
+  int files = 0;
+  find_flag(words, name, 0, files, found);
   return found;
 }
 
@@ -172,10 +173,11 @@ double seconds_in_steps(const std::string& run_dir, int64_t first, int64_t last)
   std::ifstream file(run_dir + "/metrics.jsonl");
   for (std::string text; std::getline(file, text) && !file.eof();) {
     const Json line = Json::parse(text, nullptr, /*allow_exceptions=*/false);
-    if (!line.is_object() || !line.contains("step_s") || !line["step_s"].is_number()) continue;
-    const int64_t step = line.value("step", int64_t{0});
+    const auto at = line.find("step"), took = line.find("step_s");
+    if (at == line.end() || !at->is_number_integer() || took == line.end() || !took->is_number()) continue;
+    const auto step = at->get<int64_t>();
     while (!lines.empty() && lines.back().step >= step) lines.pop_back();  // a later start did them again
-    lines.push_back({step, line["step_s"].get<double>()});
+    lines.push_back({step, took->get<double>()});
   }
   double sum = 0;
   int64_t before = std::max<int64_t>(first, 0);
@@ -187,19 +189,19 @@ double seconds_in_steps(const std::string& run_dir, int64_t first, int64_t last)
   return sum;
 }
 
-std::vector<std::string> faulty_hosts(const std::string& run_dir) {
-  std::vector<std::string> hosts;
-  if (run_dir.empty()) return hosts;
+std::vector<int64_t> faulty_ranks(const std::string& run_dir) {
+  std::vector<int64_t> ranks;
+  if (run_dir.empty()) return ranks;
   last_line(run_dir + "/ledger.jsonl", [&](const Json& line) {
     if (line.value("event", "") != "replica_fault" || !line.value("is_certain", false)) return true;
-    const auto named = line.find("hosts");
+    const auto named = line.find("ranks");
     if (named == line.end() || !named->is_array()) return true;
-    for (const Json& host : *named) {
-      if (host.is_string()) hosts.push_back(host);
+    for (const Json& rank : *named) {
+      if (rank.is_number_integer()) ranks.push_back(rank);
     }
     return true;
   });
-  return hosts;
+  return ranks;
 }
 
 int64_t out_of_memory_kills() {

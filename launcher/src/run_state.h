@@ -26,8 +26,8 @@ double last_save_seconds(const std::string& run_dir);                   ///< 0: 
 double last_step_seconds(const std::string& run_dir);                   ///< 0: none
 /// What the steps after `first`, up to `last`, took, in seconds; of a step that was done twice, what it took at last.
 double seconds_in_steps(const std::string& run_dir, int64_t first, int64_t last);
-/// The hosts that the ledger's last entry is sure to have found faulty (exit code 79).
-std::vector<std::string> faulty_hosts(const std::string& run_dir);
+/// The ranks whose hosts the ledger's last entry is sure to have found faulty (exit code 79).
+std::vector<int64_t> faulty_ranks(const std::string& run_dir);
 /// How many processes the kernel has ended for want of memory since this machine was started.
 int64_t out_of_memory_kills();
 

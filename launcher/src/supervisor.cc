@@ -32,8 +32,6 @@ constexpr int kRunAgain = static_cast<int>(ExitCode::kRunAgain), kConfig = stati
 
 std::ostream& say() { return std::cerr << "lockstep: "; }
 
-std::string short_name(const std::string& host) { return host.substr(0, host.find('.')); }
-
 std::string joined(const std::vector<std::string>& words) {
   std::string text;
   for (const std::string& word : words) text += (text.empty() ? "" : ", ") + word;
@@ -136,8 +134,7 @@ class Supervisor {
   }
 
   bool is_excluded(const std::string& name) const {
-    return std::any_of(state_.excluded.begin(), state_.excluded.end(),
-                       [&](const std::string& host) { return short_name(host) == short_name(name); });
+    return std::find(state_.excluded.begin(), state_.excluded.end(), name) != state_.excluded.end();
   }
 
   // An allocation gets no other nodes: the next job does. Waiting here would only spend the budget.
@@ -170,6 +167,10 @@ class Supervisor {
                             {"LOCKSTEP_JOB_START", std::to_string(state_.starts)}},
             .records = folder.records()};
     if (job.under_mpirun) prepare_mpirun(job, folder, placement);
+    if (!plan_.on_this_machine && run_dir_.empty() && state_.starts == 1)
+      say() << "no --run_dir is named among the program's flags, so hosts do not tell what became of their ranks, and "
+               "mpirun's exit code stands for success. Mend: --run_dir=FOLDER that all hosts see"
+            << std::endl;
     // Agents on other hosts find it in the run directory that all see; without one they decide alone.
     const std::unique_ptr<ClusterWatch> watch =
         plan_.on_this_machine || run_dir_.empty() ? nullptr
@@ -194,7 +195,7 @@ class Supervisor {
                              .finding = watch ? watch->finding() : std::nullopt,
                              .death = watch ? watch->death() : std::nullopt,
                              .loss = watch ? watch->loss() : std::nullopt});
-    return complete(std::move(verdict));
+    return complete(std::move(verdict), placement);
   }
 
   void prepare_mpirun(Job& job, const LaunchFolder& folder, const Placement& placement) {
@@ -222,7 +223,7 @@ class Supervisor {
   }
 
   /// What only the run directory knows.
-  Ending complete(Verdict verdict) {
+  Ending complete(Verdict verdict, const Placement& placement) {
     Ending& ending = verdict.ending;
     if (run_dir_.empty()) run_dir_ = program_run_dir(plan_.program);  // it is there by now
     ending.durable_step = newest_durable_step(run_dir_);
@@ -231,15 +232,16 @@ class Supervisor {
       ending.step = last_reported_step(run_dir_);
       if (ending.step && ending.was_ready) *verdict.first_failure += ", about step " + std::to_string(*ending.step);
     }
-    if (ending.exit_code == static_cast<int>(ExitCode::kNodeBad)) exclude_faulty_hosts(ending);
+    if (ending.exit_code == static_cast<int>(ExitCode::kNodeBad)) exclude_faulty_hosts(ending, placement);
     if (verdict.first_failure) first_failures_.push_back(*verdict.first_failure);
     return ending;
   }
 
-  void exclude_faulty_hosts(Ending& ending) {
+  void exclude_faulty_hosts(Ending& ending, const Placement& placement) {
     if (plan_.on_this_machine) return;
-    for (const std::string& host : faulty_hosts(run_dir_)) {
-      state_.excluded.push_back(host);
+    for (const int64_t rank : faulty_ranks(run_dir_)) {
+      if (rank < 0 || rank >= placement.ranks()) continue;
+      state_.excluded.push_back(placement.host_of(rank));
       ending.can_do_without_host = true;
     }
     std::vector<Host> left = plan_.hosts;

@@ -10,6 +10,7 @@
 //   recover                 RANK kills itself in the first NUMBER starts; FOLDER/starts grows by a letter a start
 //   crash                   RANK aborts at step 7, in every start
 //   choosy                  refuses worlds that are no multiple of NUMBER
+//   faulty                  in the first start RANK enters itself as faulty in FOLDER/ledger.jsonl and ends with 79
 //   record                  RANK leaves a failure record with code NUMBER and ends, without a word
 //   say                     its arguments and environment, as lines on standard output; rank 0 also on standard error
 #include <chrono>
@@ -96,6 +97,12 @@ int main(int argc, char** argv) {
   } else if (deed == "record") {
     if (rank == who) records.say_failed(rank, number, "the disk of rank " + std::to_string(rank) + " is full");
     if (rank == who) fail("exit", rank, number, alone);
+  } else if (deed == "faulty") {
+    if (rank == who && count_start(folder) == 1) {
+      std::ofstream(folder + "/ledger.jsonl") << R"({"event":"replica_fault","is_certain":true,"ranks":[)" << rank
+                                              << R"(],"hosts":["as it calls itself"]})" << std::endl;
+      fail("abort", rank, 79, alone);
+    }
   } else if (deed == "recover") {
     if (rank == who && count_start(folder) <= number) std::raise(SIGKILL);
   } else if (deed == "crash") {

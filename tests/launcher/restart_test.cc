@@ -253,6 +253,13 @@ TEST_F(HostsTest, WithFewerHostsItRunsInTheLargestWorldThatTheProgramAccepts) {
   EXPECT_EQ(size(), "2");
 }
 
+TEST_F(HostsTest, TheHostOfAFaultyRankIsLeftOut) {
+  const Ended ended =
+      start({"-n", "4", "--hosts", "a:2,b:2,c:2"}, {"faulty", folder_.path(), "2", "0", "--run_dir=" + folder_.path()});
+  EXPECT_EQ(ended.code, 0) << ended.err;
+  EXPECT_THAT(ended.err, HasSubstr("ranks 0-1 on a, 2-3 on c; not used: b"));
+}
+
 TEST_F(HostsTest, SoItDoesWhereEarlierStartsHaveTrained) {
   lose("b");
   const TempDir run;

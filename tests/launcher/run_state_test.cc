@@ -32,6 +32,13 @@ TEST(ProgramFlag, IsReadAsTheProgramReadsIt) {
   EXPECT_EQ(of({"gpt", "--flagfile=" + folder / "outer.flags", "--run_dir=last"}), "last");
   EXPECT_EQ(of({"gpt", "--run_dir=first", "--flagfile", folder / "outer.flags"}), "inner");
   EXPECT_EQ(of({"gpt", "--flagfile=/no/such/file"}), "none");
+  std::ofstream wide(folder / "wide.flags");  // each of its lines is the whole file again, but not for ever
+  for (int line = 0; line < 90; ++line)
+    wide << "--flagfile=" << folder / "wide.flags"
+         << "\n";
+  wide << "--run_dir=wide\n";
+  wide.close();
+  EXPECT_EQ(of({"gpt", "--flagfile=" + folder / "wide.flags"}), "wide");
 }
 
 TEST(ProgramRunDir, IsAbsoluteAndTheDefaultCountsOnceARunIsThere) {
@@ -80,7 +87,7 @@ TEST(RunState, EffectiveTimeCountsEachStepOnceAndAsItWasDoneAtLast) {
     file << "{\"step\":" << step << ",\"step_s\":" << seconds << "}\n";
   };
   for (int step = 1; step <= 6; ++step) report(step, 1);
-  file << "rubbish\n{\"step\":7}\n";
+  file << "rubbish\n{\"step\":7}\n{\"step\":\"7\",\"step_s\":99}\n{\"step_s\":99}\n";
   for (int step = 5; step <= 8; ++step) report(step, 2);  // a later start goes on from step 4
   for (int step = 10; step <= 14; step += 2) report(step, 3);
   file << "{\"step\":15,\"step_s\":99";
@@ -89,16 +96,16 @@ TEST(RunState, EffectiveTimeCountsEachStepOnceAndAsItWasDoneAtLast) {
   EXPECT_EQ(seconds_in_steps(run.path(), 6, 12), 2 * 2 + 4 * 3);
 }
 
-TEST(RunState, FaultyHostsAreThoseOfTheLastEntryAndOnlyIfCertain) {
+TEST(RunState, FaultyRanksAreThoseOfTheLastEntryAndOnlyIfCertain) {
   const TempDir run;
   const auto write = [&](const std::string& text) { std::ofstream(run / "ledger.jsonl", std::ios::trunc) << text; };
-  EXPECT_THAT(faulty_hosts(run.path()), IsEmpty());
-  write("{\"event\":\"start\"}\n{\"event\":\"replica_fault\",\"is_certain\":true,\"hosts\":[\"b\"]}\n");
-  EXPECT_THAT(faulty_hosts(run.path()), ElementsAre("b"));
-  write("{\"event\":\"replica_fault\",\"is_certain\":false,\"hosts\":[\"a\",\"b\"]}\n");
-  EXPECT_THAT(faulty_hosts(run.path()), IsEmpty());
-  write("{\"event\":\"replica_fault\",\"is_certain\":true,\"hosts\":[\"b\"]}\n{\"event\":\"resume\"}\n");
-  EXPECT_THAT(faulty_hosts(run.path()), IsEmpty());
+  EXPECT_THAT(faulty_ranks(run.path()), IsEmpty());
+  write("{\"event\":\"start\"}\n{\"event\":\"replica_fault\",\"is_certain\":true,\"ranks\":[2]}\n");
+  EXPECT_THAT(faulty_ranks(run.path()), ElementsAre(2));
+  write("{\"event\":\"replica_fault\",\"is_certain\":false,\"ranks\":[1,2]}\n");
+  EXPECT_THAT(faulty_ranks(run.path()), IsEmpty());
+  write("{\"event\":\"replica_fault\",\"is_certain\":true,\"ranks\":[2]}\n{\"event\":\"resume\"}\n");
+  EXPECT_THAT(faulty_ranks(run.path()), IsEmpty());
 }
 
 TEST(SupervisorState, ANewSupervisorReadsWhatAnOldOneWrote) {
