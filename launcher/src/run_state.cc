@@ -193,7 +193,7 @@ std::vector<int64_t> faulty_ranks(const std::string& run_dir) {
   std::vector<int64_t> ranks;
   if (run_dir.empty()) return ranks;
   last_line(run_dir + "/ledger.jsonl", [&](const Json& line) {
-    if (line.value("event", "") != "replica_fault" || !line.value("is_certain", false)) return true;
+    if (line.value("event", Json()) != "replica_fault" || line.value("is_certain", Json()) != true) return true;
     const auto named = line.find("ranks");
     if (named == line.end() || !named->is_array()) return true;
     for (const Json& rank : *named) {

@@ -54,7 +54,7 @@ TEST(Hostfile, MistakesNameTheLine) {
 TEST(Slurm, CountsUnfold) {
   EXPECT_THAT(parse_slurm_counts("4(x2),3"), ElementsAre(4, 4, 3));
   EXPECT_THAT(parse_slurm_counts("2"), ElementsAre(2));
-  for (const char* text : {"x", "4(x)", "4(x0)", "4(x2", "4(2)", "-1", "4,,3"})
+  for (const char* text : {"x", "4(x)", "4(x0)", "4(x2", "4(2)", "-1", "4,,3", "1(x65536),1"})
     EXPECT_THROW(parse_slurm_counts(text), ConfigError) << text;
 }
 

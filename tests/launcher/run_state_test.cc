@@ -106,6 +106,10 @@ TEST(RunState, FaultyRanksAreThoseOfTheLastEntryAndOnlyIfCertain) {
   EXPECT_THAT(faulty_ranks(run.path()), IsEmpty());
   write("{\"event\":\"replica_fault\",\"is_certain\":true,\"ranks\":[2]}\n{\"event\":\"resume\"}\n");
   EXPECT_THAT(faulty_ranks(run.path()), IsEmpty());
+  write("{\"event\":5}\n");
+  EXPECT_THAT(faulty_ranks(run.path()), IsEmpty());
+  write("{\"event\":\"replica_fault\",\"is_certain\":\"so\",\"ranks\":[2]}\n");
+  EXPECT_THAT(faulty_ranks(run.path()), IsEmpty());
 }
 
 TEST(SupervisorState, ANewSupervisorReadsWhatAnOldOneWrote) {

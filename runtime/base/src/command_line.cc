@@ -13,7 +13,7 @@ namespace lockstep {
 namespace {
 
 using gflags::CommandLineFlagInfo;
-constexpr int kMaxDepth = 4;
+constexpr int kMaxDepth = 4, kMaxFiles = 100;
 
 std::vector<CommandLineFlagInfo> all_flags() {
   std::vector<CommandLineFlagInfo> flags;
@@ -72,7 +72,8 @@ class Parser {
   }
 
   static void set(const CommandLineFlagInfo& flag, const std::string& value) {
-    if (gflags::SetCommandLineOption(flag.name.c_str(), value.c_str()).empty()) {
+    const bool is_text = value.find('\0') == std::string::npos;  // gflags would take what is before the zero byte
+    if (!is_text || gflags::SetCommandLineOption(flag.name.c_str(), value.c_str()).empty()) {
       throw ConfigError("--" + flag.name + "=" + value + " is not a valid " + flag.type + ": " + flag.description);
     }
   }
@@ -80,19 +81,23 @@ class Parser {
   void parse_file(const std::string& path, int depth) {
     if (depth > kMaxDepth)
       throw ConfigError("--flagfile=" + path + " is nested deeper than " + std::to_string(kMaxDepth) + " files");
+    if (++files_ > kMaxFiles)  // files that name each other many times would keep us here for good
+      throw ConfigError("--flagfile=" + path + " is one more than " + std::to_string(kMaxFiles) + " files");
     std::ifstream file(path);
-    if (!file) throw ConfigError("--flagfile=" + path + " cannot be read. Mend: check the path");
     std::vector<std::string> words;
     for (std::string line; std::getline(file, line);) {
       line.erase(0, line.find_first_not_of(" \t\r"));
       line.erase(line.find_last_not_of(" \t\r") + 1);
       if (!line.empty() && line[0] != '#') words.push_back(line);
     }
+    // Not there, or a folder, which can be opened but not read.
+    if (file.bad() || !file.eof()) throw ConfigError("--flagfile=" + path + " cannot be read. Mend: check the path");
     parse(words, depth);
   }
 
   std::vector<CommandLineFlagInfo> flags_ = all_flags();
   std::vector<std::string> leftover_;
+  int files_ = 0;
 };
 
 void print_help(const char* program, const char* usage, const std::vector<FlagSection>& sections) {

@@ -76,6 +76,10 @@ TEST_F(CommandLineTest, FilesHoldFlagsAndOtherFilesButNotEndlessly) {
   EXPECT_EQ(FLAGS_test_name, "from inner");
   EXPECT_EQ(FLAGS_test_rate, 4) << "what follows the file counts";
   EXPECT_THAT(refusal({"--flagfile=" + dir / "self"}), HasSubstr("nested"));
+  EXPECT_THAT(refusal({"--flagfile=" + dir.path()}), HasSubstr("cannot be read"));
+  std::ofstream(dir / "zero") << "--test_name=a" << '\0' << "b\n";
+  EXPECT_THAT(refusal({"--flagfile=" + dir / "zero"}), HasSubstr("--test_name"));
+  EXPECT_THAT(refusal(std::vector<std::string>(101, "--flagfile=" + dir / "inner")), HasSubstr("more than 100 files"));
 }
 
 TEST_F(CommandLineTest, TheRecordOfARunTakesTheSameFlagsBack) {

@@ -14,9 +14,9 @@ struct FlagSection {
   const char* file;
 };
 
-/// Parses argv into gflags: `--name=value`, `--name value`, `--[no]bool`, `--flagfile=F` (depth <= 4; a line a flag, #
-/// comments). gflags' own parser would exit with 1 and pass over leftover words. --help prints `usage` and the sections
-/// in order and exits 0.
+/// Parses argv into gflags: `--name=value`, `--name value`, `--[no]bool`, `--flagfile=F` (depth <= 4, 100 files; a line
+/// a flag, # comments). gflags' own parser would exit with 1 and pass over leftover words. --help prints `usage` and
+/// the sections in order and exits 0.
 /// @return the words that are no flags. @throws ConfigError unknown flag (with the nearest known one), bad value.
 std::vector<std::string> parse_command_line(int argc, char** argv, const char* usage,
                                             const std::vector<FlagSection>& sections);
