@@ -1,9 +1,11 @@
 // Trains a GPT-2 or Llama-style language model on token files. What is here: the model, the data, the loss. Ranks,
 // precision, reduction, checkpoints and metrics are the Trainer's.
+#include <algorithm>
 #include <iostream>
 
 #include <nlohmann/json.hpp>
 
+#include <lockstep/base/error.h>
 #include <lockstep/data/token_dataset.h>
 #include <lockstep/train/flags.h>
 #include <lockstep/train/trainer.h>
@@ -17,9 +19,28 @@ namespace {
 using lockstep::data::Batch;
 using lockstep::data::Dataset;
 
+// Before training: a sample that cannot be drawn after it would come too late.
+void check_sample(const Flags& flags) {
+  const auto require = [](bool ok, const std::string& message) {
+    if (!ok) throw lockstep::ConfigError(message);
+  };
+  require(flags.generate_tokens >= 0, "--generate_tokens must not be negative");
+  if (flags.generate_tokens == 0) return;
+  require(flags.top_k > 0, "--top_k=" + std::to_string(flags.top_k) + " must be positive");
+  require(flags.temperature >= 0, "--temperature must be a number, not negative");
+  for (const unsigned char letter : flags.prompt) {
+    require(letter < flags.model.vocab_size,
+            "--prompt has the byte " + std::to_string(letter) + ", which is no token of --vocab_size=" +
+                std::to_string(flags.model.vocab_size) + ". Mend: leave it out: this program's prompts are bytes");
+  }
+}
+
 class LanguageModel : public lockstep::train::Task {
  public:
-  explicit LanguageModel(Flags flags) : flags_(std::move(flags)) { flags_.model = resolve(flags_.model); }
+  explicit LanguageModel(Flags flags) : flags_(std::move(flags)) {
+    flags_.model = resolve(flags_.model);
+    check_sample(flags_);
+  }
 
   std::string name() const override { return "gpt"; }
   std::shared_ptr<torch::nn::Module> make_model(const lockstep::ModelParallel& parallel) override {
@@ -43,7 +64,7 @@ class LanguageModel : public lockstep::train::Task {
     // Bytes are their own text. Other tokenizers' ids are printed as they are: the program does not know their words.
     std::vector<int64_t> prompt;
     for (const unsigned char letter : flags_.prompt.empty() ? std::string("\n") : flags_.prompt)
-      prompt.push_back(letter);
+      prompt.push_back(std::min<int64_t>(letter, flags_.model.vocab_size - 1));
     const auto tokens = generate(dynamic_cast<Model&>(model), prompt, flags_.generate_tokens, flags_.temperature,
                                  flags_.top_k, flags_.seed);
     std::cout << "\n--- a sample ---\n";

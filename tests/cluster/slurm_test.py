@@ -113,6 +113,9 @@ def preempted(bin_dir, folder, expected):
         job = run.submit_and_wait(step=20)
         cluster.do("sbatch", "--parsable", "-p", "high", f"-N{NODES}", "-o", "/dev/null", "--wrap", "exit 0")
         run.finish(job, restarts=1)
+        # The shell of salloc is not on the node it gets.
+        ran_on = cluster.do("salloc", "-N1", str(bin_dir / "lockstep"), "run", "-n", "1", "--", "/bin/hostname")
+        assert ran_on in {f"n{node}" for node in range(1, NODES + 1)}, f"lockstep run in salloc ran on {ran_on}"
         return run.check(expected(), saved=True)
 
 

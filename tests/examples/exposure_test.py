@@ -1,11 +1,13 @@
 """exposure_test.py BIN_DIR: what a job shows of itself on the machine's network, and of the secrets in its user's environment. On one machine nothing
 of it listens anywhere but on loopback, save mpirun itself: its port for daemons is open on every interface, one for IPv4 and one for IPv6, whatever
 *_if_include says (open-mpi/ompi issue 14441). Secrets are in no command line, no output and no file, in a job that trains, crashes, starts
-again, hangs and gives its verdict."""
+again, hangs and gives its verdict. A crash leaves no core file."""
 
 import contextlib
 import os
 import pathlib
+import re
+import resource
 import signal
 import socket
 import sys
@@ -85,6 +87,7 @@ def check_files(folder):
 def main():
     bin_dir = pathlib.Path(sys.argv[1])
     check_the_check()
+    resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)  # as a user who wants them
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         run_dir, temporary = folder / "run", folder / "tmp"
@@ -102,6 +105,9 @@ def main():
             assert len(of_mpirun) <= 2, f"of mpirun, open to the network: {of_mpirun}"
             check_words(processes)
             check_files(temporary)
+            for rank in runs.processes_of(run_dir, "gpt"):
+                limits = read(pathlib.Path(f"/proc/{rank}/limits")).decode()
+                assert re.search(r"Max core file size +0 +0 ", limits), f"a crash of rank {rank} would leave its memory in a file:\n{limits}"
 
             at = time.monotonic()
             os.kill(runs.processes_of(run_dir, "gpt")[0], signal.SIGSEGV)

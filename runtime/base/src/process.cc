@@ -2,6 +2,7 @@
 #include <string_view>
 
 #include <fcntl.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 
 #include <lockstep/base/process.h>
@@ -51,6 +52,16 @@ std::string read_wchan(pid_t pid) {
 uint64_t pid_namespace() {
   struct stat found {};
   return ::stat("/proc/self/ns/pid", &found) == 0 ? found.st_ino : 0;
+}
+
+void forbid_core_dumps() {
+  const rlimit none{0, 0};
+  ::setrlimit(RLIMIT_CORE, &none);  // lowering never fails
+}
+
+std::string core_pattern() {
+  const std::string text = read_small("/proc/sys/kernel/core_pattern");
+  return text.substr(0, text.find('\n'));
 }
 
 }  // namespace lockstep

@@ -93,6 +93,8 @@ DEFINE_int64(replica_check_interval_steps, 100,
              "differs ends the run with exit code 79. 0: off. Needs --reduction=ordered");
 DEFINE_bool(check_collectives, false,
             "compare across ranks what they must do alike, before they do it: so far, the plan of each checkpoint");
+DEFINE_bool(core_dumps, false,
+            "leave a core file after a crash; it holds weights and data, so by default there is none");
 DEFINE_double(collective_timeout_s, 300, "seconds a collective may take before the run gives up");
 DEFINE_double(
     hang_timeout_s, 0,
@@ -180,6 +182,7 @@ Options options_from_flags() {
   options.job_start = start ? std::strtoll(start->c_str(), nullptr, 10) : 0;
   options.trust_foreign_checkpoint = FLAGS_trust_foreign_checkpoint;
   options.share = FLAGS_share;
+  options.core_dumps = FLAGS_core_dumps;
   options.eval_interval_steps = FLAGS_eval_interval_steps;
   options.eval_samples = FLAGS_eval_samples;
   options.log_interval_steps = FLAGS_log_interval_steps;

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 
 #include <nlohmann/json.hpp>
 
@@ -20,6 +21,7 @@ std::string num(int64_t value) { return std::to_string(value); }
 void resolve_sharding(Options& options) {
   require(options.zero_stage >= 0 && options.zero_stage <= 3,
           "--zero_stage=" + num(options.zero_stage) + " is none of 0 1 2 3");
+  require(options.zero_shard_size >= 0, "--zero_shard_size=" + num(options.zero_shard_size) + " must not be negative");
   require(options.zero_shard_size == 0 || options.zero_stage > 0,
           "--zero_shard_size=" + num(options.zero_shard_size) + " with --zero_stage=0: nothing is sharded");
   if (options.zero_stage > 0 && options.zero_shard_size == 0) options.zero_shard_size = options.mesh.data;
@@ -58,6 +60,20 @@ void resolve_pipeline(Options& options) {
               " needs --pipeline_schedule=interleaved and --pipeline_parallel_size of 2 or more");
 }
 
+void check_optimizer(const Options& options) {
+  const auto check = [](const char* flag, double value) {
+    require(value >= 0 && std::isfinite(value),
+            std::string("--") + flag + "=" + std::to_string(value) + " must be a finite number, not negative");
+  };
+  check("learning_rate", options.schedule.learning_rate);
+  check("weight_decay", options.weight_decay);
+  check("clip_norm", options.clip_norm);
+  check("final_learning_rate_fraction", options.schedule.final_fraction);
+  check("decay_fraction", options.schedule.decay_fraction);
+  require(options.schedule.decay_fraction <= 1,
+          "--decay_fraction=" + std::to_string(options.schedule.decay_fraction) + " is more than all steps");
+}
+
 void check_watching(const Options& options) {
   require(parse_steps(options.profile_steps).last <= options.steps,
           "--profile_steps=" + options.profile_steps + " ends after --steps=" + num(options.steps));
@@ -85,6 +101,12 @@ Options resolve(Options options, int world_size) {
   require(options.keep_every_steps >= 0,
           "--keep_every_steps=" + num(options.keep_every_steps) + " must not be negative");
   require(options.mean_time_between_failures_h > 0, "--mean_time_between_failures_h must be positive");
+  require(options.parallel_micro_batches >= 0,
+          "--parallel_micro_batches=" + num(options.parallel_micro_batches) + " must not be negative");
+  require(options.bucket_bytes > 0, "--bucket_bytes=" + num(options.bucket_bytes) + " must be positive");
+  require(options.eval_samples != 0, "--eval_samples=0 evaluates nothing. Mend: --eval_samples=-1 for all of them");
+  require(options.runtime.collective_timeout > Milliseconds(0), "--collective_timeout_s must be positive");
+  check_optimizer(options);
   require(options.runtime.hang_timeout_s >= 0, "--hang_timeout_s must be positive, or 0: by the steps' length");
   require(options.save_timeout > Milliseconds(0), "--save_timeout_s must be positive");
   require(options.precision == "fp32" || options.precision == "bf16",

@@ -3,6 +3,7 @@
 #include <lockstep/base/error.h>
 #include <lockstep/base/launch_records.h>
 #include <lockstep/base/log.h>
+#include <lockstep/base/process.h>
 #include <lockstep/train/flags.h>
 #include <lockstep/train/trainer.h>
 
@@ -23,8 +24,13 @@ int run_training(int argc, char** argv, const char* usage, const char* own_file,
     }
     return code;
   }
+  if (!options.core_dumps) forbid_core_dumps();
   return run_rank(options.runtime, [&](Runtime& runtime) {
-    if (runtime.world().rank() == 0) VLOG(1) << "flags:\n" << shared_flags();
+    if (runtime.world().rank() == 0) {
+      VLOG(1) << "flags:\n" << shared_flags();
+      if (options.core_dumps)
+        LOG(INFO) << "a crash leaves a core file, as '" << core_pattern() << "'; see ulimit -c too";
+    }
     const auto task = make_task();
     train(runtime.world(), runtime.device(), *task, options);
     return 0;

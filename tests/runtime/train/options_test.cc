@@ -1,3 +1,6 @@
+#include <cmath>
+#include <limits>
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
@@ -47,6 +50,17 @@ TEST(OptionsTest, WhatDoesNotWorkOutPrintsBothSidesAndTheMend) {
   EXPECT_THAT(refusal([](Options& o) { o.micro_batch_size = -1; }), HasSubstr("--micro_batch_size=-1"));
   EXPECT_THAT(refusal([](Options& o) { o.threads_per_rank = 0; }), HasSubstr("--threads_per_rank=0"));
   EXPECT_THAT(refusal([](Options& o) { o.keep_checkpoints = 1; }), HasSubstr("fall back"));
+  EXPECT_THAT(refusal([](Options& o) { o.zero_stage = 1, o.zero_shard_size = -1; }), HasSubstr("--zero_shard_size=-1"));
+  EXPECT_THAT(refusal([](Options& o) { o.bucket_bytes = 0; }), HasSubstr("--bucket_bytes=0"));
+  EXPECT_THAT(refusal([](Options& o) { o.parallel_micro_batches = -1; }), HasSubstr("--parallel_micro_batches=-1"));
+  EXPECT_THAT(refusal([](Options& o) { o.eval_samples = 0; }), HasSubstr("--eval_samples=-1"));
+  EXPECT_THAT(refusal([](Options& o) { o.runtime.collective_timeout = {}; }), HasSubstr("--collective_timeout_s"));
+  for (const double wrong : {-1.0, std::nan(""), std::numeric_limits<double>::infinity()}) {
+    EXPECT_THAT(refusal([=](Options& o) { o.schedule.learning_rate = wrong; }), HasSubstr("--learning_rate="));
+    EXPECT_THAT(refusal([=](Options& o) { o.weight_decay = wrong; }), HasSubstr("--weight_decay="));
+    EXPECT_THAT(refusal([=](Options& o) { o.clip_norm = wrong; }), HasSubstr("--clip_norm="));
+    EXPECT_THAT(refusal([=](Options& o) { o.schedule.decay_fraction = wrong; }), HasSubstr("--decay_fraction="));
+  }
   EXPECT_THAT(refusal([](Options& o) { o.precision = "fp16"; }), HasSubstr("neither fp32 nor bf16"));
   EXPECT_THAT(refusal([](Options& o) { o.reduction = "best"; }), HasSubstr("neither ordered nor fast"));
   EXPECT_THAT(refusal([](Options& o) { o.schedule.kind = "sine"; }), HasSubstr("sine"));

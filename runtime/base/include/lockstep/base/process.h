@@ -23,4 +23,9 @@ std::string read_wchan(pid_t pid);
 /// Of the pid namespace of this process; 0 where there is no /proc.
 uint64_t pid_namespace();
 
+/// A crash of this process, and of those it starts, leaves no core file: it would hold weights and keys.
+void forbid_core_dumps();
+/// Where the kernel puts one: core_pattern, core(5).
+std::string core_pattern();
+
 }  // namespace lockstep

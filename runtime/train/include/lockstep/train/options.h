@@ -42,7 +42,7 @@ struct Options {
   // optimizer
   optim::ScheduleOptions schedule;  ///< total_steps is `steps`
   double weight_decay = 0.1;
-  double clip_norm = 1.0;  ///< <= 0: off
+  double clip_norm = 1.0;  ///< 0: off
 
   // checkpoint
   int64_t checkpoint_interval_steps = -1;   ///< 0: only the last step; < 0: as often as pays, by what a save costs
@@ -60,6 +60,7 @@ struct Options {
   bool take_over = false;
   bool trust_foreign_checkpoint = false;  ///< load checkpoints that belong to another user
   std::string share = "none";             ///< none | group: who else may read what the run writes
+  bool core_dumps = false;                ///< whether a crash may leave a core file (run_training.h)
 
   // watch
   int64_t eval_interval_steps = 250;  ///< <= 0: only after the last step
