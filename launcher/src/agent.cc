@@ -2,10 +2,8 @@
 // the node's ranks from outside, so that one that is stopped, or hangs where no thread of it moves, is found too. On
 // several hosts it reports to the supervisor, which decides; one that does not reach it decides for its node.
 #include <algorithm>
-#include <array>
 #include <chrono>
 #include <csignal>
-#include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -191,8 +189,6 @@ void Agent::serve() {
   if (has_news(node) || has_died) {
     link_.send(Report{.number = 0, .node = node}, Clock::now());
     report_sent_ = Clock::now();
-  } else {
-    report_stragglers(node);
   }
   num_gone_told_ = num_gone_;
 }
@@ -214,10 +210,11 @@ void Agent::send_heartbeat() {
   const NodeReport node = report(0);
   Heartbeat heartbeat{.host = own_name()};
   for (const RankReport& rank : node.ranks) {
-    heartbeat.ranks.push_back(rank.rank);
+    heartbeat.ranks.push_back({rank.rank, rank.timed_steps, rank.compute_ns});
     heartbeat.step = std::max(heartbeat.step, rank.step);
   }
-  std::sort(heartbeat.ranks.begin(), heartbeat.ranks.end());
+  std::sort(heartbeat.ranks.begin(), heartbeat.ranks.end(),
+            [](const RankTime& a, const RankTime& b) { return a.rank < b.rank; });
   if (!node.ranks.empty()) heartbeat.timeout_ms = flight::rules_for(std::span(&node, 1)).timeout_ns / 1'000'000;
   heartbeat.out_of_memory_kills = std::max<int64_t>(out_of_memory_kills() - killed_before_, 0);
   heartbeat_sent_ = Clock::now();
@@ -301,17 +298,10 @@ void Agent::tell_last() {
 
 void Agent::report_stragglers(const NodeReport& node) {
   if (Clock::now() - stragglers_told_ < kStragglerPause || node.ranks.size() < num_ranks_) return;
-  for (const flight::Straggler& straggler : flight::find_stragglers(std::span(&node, 1))) {
-    std::array<char, 256> text{};
-    std::snprintf(text.data(), text.size(),
-                  "straggler: rank %d (host %s) computes %.2f times as long as the median rank: %.1f ms a step against "
-                  "%.1f ms, over 20 steps. Mend: look for other work on its cores, heat, or an uneven share",
-                  straggler.rank, straggler.host.c_str(), straggler.ratio,
-                  static_cast<double>(straggler.compute_ns) / 20e6, static_cast<double>(straggler.median_ns) / 20e6);
-    if (const Watched* rank = speaker()) rank->ring->give_notice(text.data());
-    stragglers_told_ = Clock::now();
-    return;
-  }
+  const auto stragglers = flight::find_stragglers(std::span(&node, 1));
+  if (stragglers.empty()) return;
+  if (const Watched* rank = speaker()) rank->ring->give_notice(flight::describe(stragglers));
+  stragglers_told_ = Clock::now();
 }
 
 // The lowest rank that can still say something.

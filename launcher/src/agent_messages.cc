@@ -11,7 +11,7 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-constexpr size_t kMostRanks = 4096, kMostHostBytes = 64, kMostJsonBytes = 64 << 10;
+constexpr size_t kMostRanks = 4096, kMostHostBytes = 64, kMostJsonBytes = 256 << 10;
 constexpr int64_t kMostRank = 1 << 20;
 
 [[noreturn]] void refuse(const std::string& problem) {
@@ -51,11 +51,30 @@ std::vector<int32_t> ranks(const Json& value) {
   return found;
 }
 
+std::vector<RankTime> rank_times(const Json& value) {
+  if (!value.is_array() || value.size() > kMostRanks) refuse("has something else where ranks should be");
+  std::vector<RankTime> found;
+  found.reserve(value.size());
+  for (const Json& rank : value) {
+    if (!rank.is_array() || rank.size() != 3) refuse("has something else where a rank's times should be");
+    found.push_back({.rank = static_cast<int32_t>(number(rank[0], 0, kMostRank)),
+                     .timed_steps = number(rank[1], 0, INT64_MAX),
+                     .compute_ns = number(rank[2], 0, INT64_MAX)});
+  }
+  return found;
+}
+
+Json to_json(const std::vector<RankTime>& ranks) {
+  Json json = Json::array();
+  for (const RankTime& rank : ranks) json.push_back({rank.rank, rank.timed_steps, rank.compute_ns});
+  return json;
+}
+
 Heartbeat heartbeat(const Json& json) {
   const Json& host = member(json, "host");
   if (!host.is_string()) refuse("has no host's name");
   Heartbeat heartbeat{.host = host.get<std::string>(),
-                      .ranks = ranks(member(json, "ranks")),
+                      .ranks = rank_times(member(json, "ranks")),
                       .timeout_ms = number(member(json, "timeout_ms"), 0, INT64_MAX / 1'000'000),
                       .step = number(member(json, "step"), -1, INT64_MAX),
                       .out_of_memory_kills = number(member(json, "out_of_memory_kills"), 0, INT64_MAX)};
@@ -76,7 +95,7 @@ Report report(std::string_view body) {
 struct Encoder {
   std::string operator()(const Heartbeat& heartbeat) const {
     const Json json = {{"host", heartbeat.host},
-                       {"ranks", heartbeat.ranks},
+                       {"ranks", to_json(heartbeat.ranks)},
                        {"timeout_ms", heartbeat.timeout_ms},
                        {"step", heartbeat.step},
                        {"out_of_memory_kills", heartbeat.out_of_memory_kills}};

@@ -12,7 +12,8 @@ namespace lockstep::launcher {
 
 /// What agents and their supervisor say to each other over a SecureChannel. A body is a letter, then:
 ///
-///   agent       h  JSON {"host":"n3","ranks":[2],"timeout_ms":3000,"step":12,"out_of_memory_kills":0}   each 0.5 s
+///   agent       h  JSON {"host":"n3","ranks":[[2,12,1400000000]],"timeout_ms":3000,"step":12,"out_of_memory_kills":0}
+///                  each 0.5 s; of a rank its number, timed steps and compute_ns
 ///               r  ask's number u32 little-endian (0: nobody asked), then encode_report()
 ///               b  nothing: its ranks are gone, and it goes too
 ///   supervisor  a  nothing: it heard a heartbeat
@@ -20,9 +21,14 @@ namespace lockstep::launcher {
 ///               e  nothing: the job is over, the agent has nothing more to say about it
 ///
 /// There is no word that ends or starts anything: a supervisor ends a job through mpirun, which started it.
+struct RankTime {
+  int32_t rank = 0;
+  int64_t timed_steps = 0, compute_ns = 0;  ///< as in flight::RankReport
+  friend bool operator==(const RankTime&, const RankTime&) = default;
+};
 struct Heartbeat {
   std::string host;
-  std::vector<int32_t> ranks;       ///< those it has found so far
+  std::vector<RankTime> ranks;      ///< those it has found so far
   int64_t timeout_ms = 0;           ///< how long its ranks may keep others waiting; 0: not known yet
   int64_t step = -1;                ///< the furthest of its ranks
   int64_t out_of_memory_kills = 0;  ///< by the node's kernel, since the agent began

@@ -76,7 +76,10 @@ JobWatch::Advice ClusterWatch::look() {
   receive(now);
   send(watch_.look(now), now);
   const auto& finding = watch_.finding();
-  if (!finding) return Advice::kGoOn;
+  if (!finding) {
+    if (const std::string text = watch_.stragglers(now); !text.empty()) std::cerr << "lockstep: " << text << std::endl;
+    return Advice::kGoOn;
+  }
   if (!is_over_) {
     tell_over(now);
     std::cerr << "lockstep: " << finding->verdict.message << std::endl;

@@ -24,7 +24,8 @@ constexpr milliseconds kAskAgain{500};
 constexpr milliseconds kOthersCall{200};     // before a mismatch is believed: it is the many who are right
 constexpr milliseconds kOthersDecide{1000};  // for what only an agent without a connection can know
 constexpr milliseconds kTogether{700};       // nodes that fell silent within a heartbeat did so by one cause
-constexpr milliseconds kSilent{1'000};       // one that does not answer is silent to the verdict
+constexpr milliseconds kStragglersLook{1'000}, kStragglersPause{60'000};
+constexpr milliseconds kSilent{1'000};  // one that does not answer is silent to the verdict
 
 int64_t ns(std::chrono::steady_clock::duration time) { return std::chrono::duration_cast<nanoseconds>(time).count(); }
 
@@ -73,7 +74,7 @@ std::optional<size_t> NodeWatch::node_of(const Heartbeat& heartbeat) const {
     if (short_name(nodes_[i].place.host) == short_name(heartbeat.host)) return i;
   }
   for (size_t i = 0; i < nodes_.size() && !heartbeat.ranks.empty(); ++i) {  // known here by another name
-    if (contains(nodes_[i].place.ranks, heartbeat.ranks[0])) return i;
+    if (contains(nodes_[i].place.ranks, heartbeat.ranks[0].rank)) return i;
   }
   return std::nullopt;
 }
@@ -87,7 +88,10 @@ void NodeWatch::heard(size_t node, const Heartbeat& heartbeat, Clock::time_point
   state.timeout_ms = heartbeat.timeout_ms;
   state.step = heartbeat.step;
   state.out_of_memory_kills = heartbeat.out_of_memory_kills;
-  if (!heartbeat.ranks.empty()) state.place.ranks = heartbeat.ranks;
+  state.times = heartbeat.ranks;
+  if (heartbeat.ranks.empty()) return;
+  state.place.ranks.clear();
+  for (const RankTime& rank : heartbeat.ranks) state.place.ranks.push_back(rank.rank);
 }
 
 void NodeWatch::reported(size_t node, Report report, Clock::time_point now) {
@@ -339,6 +343,27 @@ ClusterFinding NodeWatch::finding_of(Verdict verdict, std::vector<NodeReport> no
     }
   }
   return finding;
+}
+
+std::string NodeWatch::stragglers(Clock::time_point now) {
+  if (now < stragglers_next_) return "";
+  stragglers_next_ = now + kStragglersLook;
+  std::vector<NodeReport> nodes;
+  for (const State& node : nodes_) {
+    if (!node.was_heard || node.has_ended || is_silent(node, kSilent, now)) continue;
+    NodeReport& report = nodes.emplace_back();
+    report.host = node.place.host;
+    for (const RankTime& time : node.times) {
+      RankReport& rank = report.ranks.emplace_back();
+      rank.rank = time.rank;
+      rank.timed_steps = time.timed_steps;
+      rank.compute_ns = time.compute_ns;
+    }
+  }
+  const auto stragglers = flight::find_stragglers(nodes);
+  if (stragglers.empty()) return "";
+  stragglers_next_ = now + kStragglersPause;
+  return flight::describe(stragglers);
 }
 
 std::optional<ClusterFinding> NodeWatch::death(std::optional<int32_t> rank) const {

@@ -54,6 +54,8 @@ class NodeWatch {
   std::vector<std::pair<size_t, Ask>> look(Clock::time_point now);
   /// Set once; nothing changes any more then.
   const std::optional<ClusterFinding>& finding() const { return finding_; }
+  /// Who computes longer than the median of all nodes' ranks, in words; empty: nobody, or it was told a minute ago.
+  std::string stragglers(Clock::time_point now);
   /// A rank that died, if one did and none said why: for the record, as mpirun ends the job then.
   /// @param rank that mpirun names, if it does: agents of several hosts cannot know which of two died first.
   std::optional<ClusterFinding> death(std::optional<int32_t> rank) const;
@@ -70,6 +72,7 @@ class NodeWatch {
     Clock::time_point heard{}, moved{}, reported{};
     int64_t timeout_ms = 0, step = -1, out_of_memory_kills = 0;
     uint32_t answered = 0;  // the last ask that it answered
+    std::vector<RankTime> times;
     std::optional<flight::NodeReport> report;
   };
   enum class Phase { kCalm, kAsked, kAskedForStacks };
@@ -92,7 +95,7 @@ class NodeWatch {
   Phase phase_ = Phase::kCalm;
   uint32_t asked_ = 0;
   std::vector<size_t> asked_nodes_;
-  Clock::time_point deadline_{}, quiet_until_{}, looked_, patient_until_{}, undecided_since_{};
+  Clock::time_point deadline_{}, quiet_until_{}, looked_, patient_until_{}, undecided_since_{}, stragglers_next_{};
   bool is_called_ = false;          // a report said what needs a look at all nodes
   bool has_seen_mismatch_ = false;  // once; some may not have come to that call yet
   bool has_spoken_ = false;         // a rank that ended said why itself

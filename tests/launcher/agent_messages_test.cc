@@ -8,9 +8,14 @@ namespace lockstep::launcher {
 namespace {
 
 TEST(AgentMessages, ComeBackAsTheyWere) {
-  const Heartbeat heartbeat{.host = "n3", .ranks = {2, 5}, .timeout_ms = 3000, .step = 12, .out_of_memory_kills = 1};
-  EXPECT_EQ(encode(FromAgent(heartbeat)),
-            R"(h{"host":"n3","ranks":[2,5],"timeout_ms":3000,"step":12,"out_of_memory_kills":1})");
+  const Heartbeat heartbeat{.host = "n3",
+                            .ranks = {{2, 12, 1'400'000'000}, {5, 0, 0}},
+                            .timeout_ms = 3000,
+                            .step = 12,
+                            .out_of_memory_kills = 1};
+  EXPECT_EQ(
+      encode(FromAgent(heartbeat)),
+      R"(h{"host":"n3","ranks":[[2,12,1400000000],[5,0,0]],"timeout_ms":3000,"step":12,"out_of_memory_kills":1})");
   EXPECT_EQ(std::get<Heartbeat>(decode_from_agent(encode(FromAgent(heartbeat)))), heartbeat);
   const Ask ask{.number = 4'000'000'000, .tail = 2048, .stacks = {0, 7}};
   EXPECT_EQ(std::get<Ask>(decode_from_supervisor(encode(FromSupervisor(ask)))), ask);
@@ -29,14 +34,35 @@ TEST(AgentMessages, ComeBackAsTheyWere) {
   EXPECT_TRUE(std::holds_alternative<JobOver>(decode_from_supervisor("e")));
 }
 
+TEST(AgentMessages, AHostWithAsManyRanksAsThereMayBeIsHeard) {
+  Heartbeat heartbeat{.host = std::string(64, 'n')};
+  for (int32_t rank = 0; rank < 4096; ++rank) heartbeat.ranks.push_back({rank + 1'000'000, INT64_MAX, INT64_MAX});
+  EXPECT_EQ(std::get<Heartbeat>(decode_from_agent(encode(FromAgent(heartbeat)))), heartbeat);
+  heartbeat.ranks.push_back({});
+  EXPECT_THROW(decode_from_agent(encode(FromAgent(heartbeat))), CorruptData);
+}
+
 TEST(AgentMessages, AnythingElseIsCorrupt) {
-  const std::string deep(100'000, '[');
+  const std::string deep(300'000, '[');
   for (const std::string& body :
-       {std::string(), std::string("x"), std::string("bb"), std::string("h"), std::string("h[]"), std::string("h{}"),
-        std::string("r"), std::string("r\0\0\0\0", 5), std::string("r\0\0\0\0{}", 7), "h" + deep,
-        std::string(R"(h{"host":"n3","ranks":[-1],"timeout_ms":0,"step":0,"out_of_memory_kills":0})"),
-        std::string(R"(h{"host":"n3","ranks":[0.5],"timeout_ms":0,"step":0,"out_of_memory_kills":0})"),
-        std::string(R"(h{"host":"n3","ranks":[[0]],"timeout_ms":0,"step":0,"out_of_memory_kills":0})"),
+       {std::string(),
+        std::string("x"),
+        std::string("bb"),
+        std::string("h"),
+        std::string("h[]"),
+        std::string("h{}"),
+        std::string("r"),
+        std::string("r\0\0\0\0", 5),
+        std::string("r\0\0\0\0{}", 7),
+        "h" + deep,
+        std::string(R"(h{"host":"n3","ranks":[[-1,0,0]],"timeout_ms":0,"step":0,"out_of_memory_kills":0})"),
+        std::string(R"(h{"host":"n3","ranks":[[0.5,0,0]],"timeout_ms":0,"step":0,"out_of_memory_kills":0})"),
+        std::string(R"(h{"host":"n3","ranks":[[[0],0,0]],"timeout_ms":0,"step":0,"out_of_memory_kills":0})"),
+        std::string(R"(h{"host":"n3","ranks":[0],"timeout_ms":0,"step":0,"out_of_memory_kills":0})"),
+        std::string(R"(h{"host":"n3","ranks":[[0,1]],"timeout_ms":0,"step":0,"out_of_memory_kills":0})"),
+        std::string(R"(h{"host":"n3","ranks":[[0,1,2,3]],"timeout_ms":0,"step":0,"out_of_memory_kills":0})"),
+        std::string(R"(h{"host":"n3","ranks":[[0,-1,0]],"timeout_ms":0,"step":0,"out_of_memory_kills":0})"),
+        std::string(R"(h{"host":"n3","ranks":[[0,1,-1]],"timeout_ms":0,"step":0,"out_of_memory_kills":0})"),
         std::string(R"(h{"host":"n3","ranks":[],"timeout_ms":9223372036854775807,"step":0,"out_of_memory_kills":0})"),
         std::string(R"(h{"host":"n3","ranks":[],"timeout_ms":18446744073709551615,"step":0,"out_of_memory_kills":0})"),
         std::string(R"(h{"host":"\u001b[2J","ranks":[],"timeout_ms":0,"step":0,"out_of_memory_kills":0})"),

@@ -75,11 +75,14 @@ class AgentServerTest : public testing::Test {
 TEST_F(AgentServerTest, AnAgentComesInByTheFileAndIsHeardAndAnswered) {
   SupervisorLink link(folder_.path());
   ASSERT_TRUE(until(link, [&] { return link.is_up(now()); }));
-  link.send(Heartbeat{.host = "n3", .ranks = {2, 3}, .timeout_ms = 3000, .step = 12, .out_of_memory_kills = 1}, now());
+  link.send(
+      Heartbeat{
+          .host = "n3", .ranks = {{2, 9, 1}, {3, 9, 2}}, .timeout_ms = 3000, .step = 12, .out_of_memory_kills = 1},
+      now());
   ASSERT_TRUE(until(link, [&] { return events_.size() == 1; }));
   const FromAgent heard = decode_from_agent(events_[0].body);
   ASSERT_TRUE(std::holds_alternative<Heartbeat>(heard));
-  EXPECT_EQ(std::get<Heartbeat>(heard).ranks, (std::vector<int32_t>{2, 3}));
+  EXPECT_EQ(std::get<Heartbeat>(heard).ranks, (std::vector<RankTime>{{2, 9, 1}, {3, 9, 2}}));
   server_.send(events_[0].agent, encode(FromSupervisor(Ask{.number = 4, .tail = 7, .stacks = {3}})), now());
   std::optional<Ask> ask;
   ASSERT_TRUE(until(link, [&] { return (ask = link.next_ask()).has_value(); }));

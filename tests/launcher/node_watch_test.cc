@@ -116,7 +116,7 @@ class Cluster {
       agent.heartbeat = world.now();
       watch_.heard(i,
                    {.host = node.host,
-                    .ranks = {node.ranks[0].rank, node.ranks[1].rank},
+                    .ranks = {{.rank = node.ranks[0].rank}, {.rank = node.ranks[1].rank}},
                     .timeout_ms = 3000,
                     .step = furthest,
                     .out_of_memory_kills = i == 1 ? out_of_memory_kills : 0},
@@ -351,10 +351,46 @@ TEST(NodeWatch, NodesThatDoNotAnswerWhenMpirunLostAHostAreTheLostOnes) {
 
 TEST(NodeWatch, AgentsAreKnownByTheirHostAndElseByTheirRanks) {
   NodeWatch watch({{"gpu1.cluster", {0, 1}}, {"gpu2", {2, 3}}}, {});
-  EXPECT_EQ(watch.node_of({.host = "gpu2.cluster", .ranks = {0}}), 1U);
+  EXPECT_EQ(watch.node_of({.host = "gpu2.cluster", .ranks = {{.rank = 0}}}), 1U);
   EXPECT_EQ(watch.node_of({.host = "gpu1", .ranks = {}}), 0U);
-  EXPECT_EQ(watch.node_of({.host = "10-0-0-2", .ranks = {2, 3}}), 1U);
+  EXPECT_EQ(watch.node_of({.host = "10-0-0-2", .ranks = {{.rank = 2}, {.rank = 3}}}), 1U);
   EXPECT_EQ(watch.node_of({.host = "10-0-0-2", .ranks = {}}), std::nullopt);
+}
+
+// A rank a host: no agent can see that by itself.
+TEST(NodeWatch, ARankThatComputesLongerThanThoseOfOtherHostsIsNamedOnceAMinute) {
+  NodeWatch watch({{"n0", {0}}, {"n1", {1}}, {"n2", {2}}}, {});
+  NodeWatch::Clock::time_point now{};
+  const auto after = [&](std::chrono::milliseconds time, std::vector<RankTime> ranks) {
+    now += time;
+    for (size_t i = 0; i < ranks.size(); ++i)
+      watch.heard(i, {.host = "n" + std::to_string(i), .ranks = {ranks[i]}, .timeout_ms = 3000}, now);
+    return watch.stragglers(now);
+  };
+  using std::chrono::seconds;
+  constexpr int64_t kSecond = 1'000'000'000;
+  const std::vector<RankTime> alike = {{0, 20, 2 * kSecond}, {1, 20, 2 * kSecond}, {2, 20, 2 * kSecond + 99}};
+  const std::vector<RankTime> slow = {{0, 20, 2 * kSecond}, {1, 20, 3 * kSecond}, {2, 20, 2 * kSecond}};
+  std::vector<RankTime> early = slow;
+  early[2].timed_steps = 19;
+  EXPECT_EQ(after(seconds(1), alike), "");
+  EXPECT_EQ(after(seconds(1), early), "") << "not all have done 20 steps";
+  EXPECT_EQ(after(seconds(1), slow),
+            "straggler: rank 1 (host n1) computes 1.50 times as long as the median rank: 150.0 ms a step against "
+            "100.0 ms, over 20 steps. Mend: look for other work on its cores, heat, or an uneven share");
+  for (int second = 1; second < 60; ++second) EXPECT_EQ(after(seconds(1), slow), "") << second;
+  EXPECT_THAT(after(seconds(1), slow), HasSubstr("straggler: rank 1"));
+  EXPECT_EQ(after(seconds(60), {alike[0], alike[1]}), "");  // the third says nothing any more
+  EXPECT_THAT(after(seconds(1), {slow[0], slow[1]}), HasSubstr("straggler: rank 1")) << "of two the faster counts";
+  now += seconds(60);
+  watch.heard(0, {.host = "n0", .ranks = {slow[0]}}, now);
+  watch.heard(2, {.host = "n2", .ranks = {slow[2]}}, now);
+  EXPECT_EQ(watch.stragglers(now), "") << "one that is silent is not judged by what it said a minute ago";
+  now += seconds(1);
+  watch.heard(0, {.host = "n0", .ranks = {slow[0]}}, now);
+  watch.heard(1, {.host = "n1", .ranks = {slow[1]}}, now);
+  watch.ended(1, now);
+  EXPECT_EQ(watch.stragglers(now), "") << "nor is one that has ended";
 }
 
 }  // namespace

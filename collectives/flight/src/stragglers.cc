@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <array>
+#include <cstdio>
 
 #include <lockstep/flight/verdict.h>
 
@@ -26,7 +28,28 @@ std::vector<Straggler> find_stragglers(std::span<const NodeReport> nodes, double
         stragglers.push_back({rank.rank, node.host, ratio, rank.compute_ns, *middle});
     }
   }
+  std::stable_sort(stragglers.begin(), stragglers.end(),
+                   [](const Straggler& a, const Straggler& b) { return a.compute_ns > b.compute_ns; });
   return stragglers;
+}
+
+std::string describe(std::span<const Straggler> stragglers) {
+  constexpr size_t kMostNamed = 8;  // a slow host may have dozens
+  const Straggler& slowest = stragglers.front();
+  const auto ms_a_step = [](int64_t ns) { return static_cast<double>(ns) / (1e6 * kStragglerSteps); };
+  std::array<char, 320> text{};
+  std::snprintf(
+      text.data(), text.size(),
+      "straggler: rank %d (host %.64s) computes %.2f times as long as the median rank: %.1f ms a step against "
+      "%.1f ms, over %zu steps",
+      slowest.rank, slowest.host.c_str(), slowest.ratio, ms_a_step(slowest.compute_ns), ms_a_step(slowest.median_ns),
+      kStragglerSteps);
+  std::string message = text.data();
+  for (size_t i = 1; i < std::min(stragglers.size(), kMostNamed); ++i)
+    message += (i == 1 ? "; too slow too: rank " : ", ") + std::to_string(stragglers[i].rank) + " (host " +
+               stragglers[i].host + ")";
+  if (stragglers.size() > kMostNamed) message += " and " + std::to_string(stragglers.size() - kMostNamed) + " more";
+  return message + ". Mend: look for other work on its cores, heat, or an uneven share";
 }
 
 }  // namespace lockstep::flight

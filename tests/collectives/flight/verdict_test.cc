@@ -423,6 +423,24 @@ TEST(StragglersTest, OneWhoComputesLongerThanTheMedianIsNamed) {
   EXPECT_TRUE(find_stragglers(nodes).empty());
 }
 
+TEST(StragglersTest, OfAHostThatIsSlowAsAWholeTheSlowestRankIsDescribedAndTheOthersAreListed) {
+  std::vector<NodeReport> nodes = {{.host = "a"}, {.host = "b"}};
+  for (int r = 0; r < 20; ++r) {
+    RankReport rank{.rank = r};
+    rank.timed_steps = 20;
+    rank.compute_ns = r < 10 ? 2'000'000'000 : 3'000'000'000 + r * 1'000'000;
+    nodes[r / 10].ranks.push_back(rank);
+  }
+  const auto stragglers = find_stragglers(nodes);
+  ASSERT_EQ(stragglers.size(), 10U);
+  EXPECT_THAT(
+      describe(stragglers),
+      testing::StartsWith("straggler: rank 19 (host b) computes 1.51 times as long as the median rank: 150.9 ms a step "
+                          "against 100.0 ms, over 20 steps; too slow too: rank 18 (host b), 17 (host b), "));
+  EXPECT_THAT(describe(stragglers), testing::HasSubstr("12 (host b) and 2 more. Mend: "));
+  EXPECT_THAT(describe(std::span(stragglers).first(2)), testing::HasSubstr("too slow too: rank 18 (host b). Mend: "));
+}
+
 TEST(StragglersTest, StepsOfMicrosecondsAreNotCompared) {
   std::vector<NodeReport> nodes(1);
   for (int r = 0; r < 3; ++r) {

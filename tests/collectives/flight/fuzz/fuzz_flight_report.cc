@@ -24,6 +24,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const Verdict verdict = judge(std::span(&report, 1), rules_for(std::span(&report, 1)));
   FUZZ_CHECK((verdict.cause == Cause::kNone) == verdict.message.empty());
   FUZZ_CHECK(!verdict_json(verdict, std::span(&report, 1)).empty());
-  find_stragglers(std::span(&report, 1));
+  const auto stragglers = find_stragglers(std::span(&report, 1));
+  FUZZ_CHECK(stragglers.empty() || !describe(stragglers).empty());
   return 0;
 }

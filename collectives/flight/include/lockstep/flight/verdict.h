@@ -59,6 +59,9 @@ struct Straggler {
   double ratio = 1;
   int64_t compute_ns = 0, median_ns = 0;  ///< of 20 steps
 };
+/// The slowest first; none while a rank has not done 20 steps.
 std::vector<Straggler> find_stragglers(std::span<const NodeReport> nodes, double factor = 1.3);
+/// What people read of them: the slowest with its times and the mend, the others by number. Not for none.
+std::string describe(std::span<const Straggler> stragglers);
 
 }  // namespace lockstep::flight
