@@ -23,9 +23,14 @@ MODELS = {
 }
 
 
+def pipeline(stages, schedule):
+    by_hand = ["--pipeline_split=1,1,0,1,1,0,1,1"] if schedule == "interleaved" and stages == 4 else []  # eight pieces of six layers
+    return [f"--pipeline_parallel_size={stages}", f"--pipeline_schedule={schedule}", *by_hand]
+
+
 def layouts():
     """(ranks, flags): data-parallel sizes that divide the eight micro-batches and that do not; everything else takes turns."""
-    schedules = itertools.cycle(["1f1b", "gpipe", "interleaved"])
+    schedules = {2: itertools.cycle(["1f1b", "gpipe", "interleaved"]), 4: itertools.cycle(["gpipe", "interleaved", "1f1b"])}
     recompute = itertools.cycle(["none", "full", "selective"])
     backends = itertools.cycle(["shm", "mpi"])
     buckets = itertools.cycle([1 << 10, 1 << 20, 1 << 40])
@@ -35,8 +40,7 @@ def layouts():
             if stages * size > 1:
                 flags.append(f"--backend={next(backends)}")
             if stages > 1:
-                schedule = next(schedules) if stages == 2 else ("1f1b", "gpipe")[zero % 2]
-                flags += [f"--pipeline_parallel_size={stages}", f"--pipeline_schedule={schedule}"]
+                flags += pipeline(stages, next(schedules[stages]))
             yield stages * size, flags
     for zero in (1, 2, 3):  # sharded over neighbours, replicated beyond; splits by hand; spare cores
         yield 4, [f"--zero_stage={zero}", "--zero_shard_size=2"]
@@ -45,6 +49,12 @@ def layouts():
     yield 3, ["--pipeline_parallel_size=3", "--pipeline_split=1,2,3"]
     yield 1, ["--parallel_micro_batches=3"]
     yield 2, ["--parallel_micro_batches=2", "--zero_stage=1"]
+    # Many ranks. None of these five is a seventh.
+    yield 16, [*pipeline(2, "1f1b"), "--zero_stage=3", "--backend=mpi"]
+    yield 16, [*pipeline(2, "interleaved"), "--zero_stage=1", "--backend=shm", "--recompute=full"]
+    yield 12, [*pipeline(4, "gpipe"), "--zero_stage=3", "--backend=shm", "--recompute=selective"]
+    yield 16, [*pipeline(4, "interleaved"), "--zero_stage=2", "--backend=mpi"]
+    yield 20, [*pipeline(4, "1f1b"), "--zero_stage=1", "--backend=shm", "--bucket_bytes=1024"]
 
 
 def expert_layouts():

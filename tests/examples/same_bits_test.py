@@ -1,7 +1,10 @@
-"""same_bits_test.py BIN_DIR: the global batch of eight micro-batches gives the same bits on any number of MPI ranks and in buckets of any size.
+"""same_bits_test.py BIN_DIR: the global batch of eight micro-batches gives the same bits on any number of ranks and in buckets of any size.
 
-GPT and ViT, 40 steps; 3 and 5 ranks have uneven shares. same_bits_local_test.cc says the same of the local back end."""
+GPT and ViT, 40 steps; 3 and 5 ranks have uneven shares. Each number of ranks is on MPI for one of the two and on shared memory for the other;
+same_bits_local_test.cc says the same of the local back end."""
 
+import itertools
+import json
 import pathlib
 import sys
 import tempfile
@@ -16,7 +19,7 @@ TASKS = {
     "image_classification": ["--model=vit", "--layers=2", "--width=48", "--heads=3", "--patch=7", "--global_batch_size=24", "--micro_batch_size=3"],
 }
 LAYOUTS = [(ranks, []) for ranks in (1, 2, 3, 4, 5, 8)]
-LAYOUTS += [(3, [f"--bucket_bytes={size}"]) for size in (1 << 10, 1 << 20, 1 << 40)]
+LAYOUTS += [(3, [f"--bucket_bytes={size}", "--backend=mpi"]) for size in (1 << 10, 1 << 20, 1 << 40)]
 LAYOUTS += [(1, ["--parallel_micro_batches=1"]), (2, ["--parallel_micro_batches=3"])]
 
 
@@ -27,14 +30,18 @@ def main():
         runs.write_tokens(folder / "gpt.bin", 20_000)
         runs.write_images(folder / "image_classification.csv", 200)
         for task, flags in TASKS.items():
+            backends = itertools.cycle(["mpi", "shm"] if task == "gpt" else ["shm", "mpi"])
             data = next(folder.glob(f"{task}.*"))
             first = None
             for number, (ranks, layout) in enumerate(LAYOUTS):
+                if ranks > 1 and "--backend=mpi" not in layout:
+                    layout = [*layout, f"--backend={next(backends)}"]
                 run_dir = folder / f"{task}-{number}"
                 runs.run(bin_dir, task, ranks, run_dir, [f"--train_data={data}", *COMMON, *flags, *layout])
                 result = (runs.losses(run_dir), runs.digests(bin_dir, run_dir))
                 first = first or result
                 where = f"{task} on {ranks} ranks {' '.join(layout)}"
+                assert ranks == 1 or f"--backend={json.loads((run_dir / 'run.json').read_text())['backend']}" in layout, where
                 assert len(result[0]) == STEPS, where
                 different = [step for (step, a), (_, b) in zip(first[0], result[0]) if a != b]
                 assert not different, f"{where}: loss differs from 1 rank's, first at step {different[0]}"
