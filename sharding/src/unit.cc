@@ -1,4 +1,5 @@
-#include <set>
+#include <algorithm>
+#include <map>
 
 #include <ATen/native/Resize.h>
 
@@ -22,27 +23,34 @@ void UnitBase::drop_storage(torch::nn::Module& layer) {
 }
 
 std::vector<FoundUnit> find_units(torch::nn::Module& model) {
-  std::vector<FoundUnit> units;
-  FoundUnit rest;
-  std::set<std::string> taken;
-  const auto consider = [&](const std::string& name, torch::nn::Module& module) {
-    auto* unit = dynamic_cast<UnitBase*>(&module);
-    if (!unit) return;
-    FoundUnit found{name, unit, {}};
-    for (const auto& item : module.named_parameters()) {
-      found.parameter_names.push_back(name.empty() ? item.key() : name + "." + item.key());
-      if (!taken.insert(found.parameter_names.back()).second) {
-        throw ConfigError("unit " + name + " lies inside another unit: both would own " + found.parameter_names.back() +
+  std::vector<FoundUnit> units(1);  // the first is what lies in no unit
+  std::map<std::string, size_t> unit_of_name;
+  for (const auto& item : model.named_modules()) {
+    const std::string& name = item.key();
+    auto* unit = dynamic_cast<UnitBase*>(item.value().get());
+    if (!unit || item.value()->parameters().empty()) continue;  // nothing to gather or to make again
+    for (const auto& parameter : item.value()->named_parameters()) {
+      const std::string full_name = name.empty() ? parameter.key() : name + "." + parameter.key();
+      if (!unit_of_name.emplace(full_name, units.size()).second) {
+        throw ConfigError("unit " + name + " lies inside another unit: both would own " + full_name +
                           ". Mend: mark the outer or the inner one");
       }
     }
-    if (!found.parameter_names.empty()) units.push_back(std::move(found));  // nothing to gather or free
-  };
-  for (const auto& item : model.named_modules()) consider(item.key(), *item.value());
-  for (const auto& item : model.named_parameters()) {
-    if (!taken.contains(item.key())) rest.parameter_names.push_back(item.key());
+    units.push_back({name, unit, {}});
   }
-  if (!rest.parameter_names.empty()) units.insert(units.begin(), std::move(rest));
+  // Units do not nest: the least that holds two of them is the model.
+  std::map<const void*, size_t> unit_of_tensor;
+  const auto parameters = model.named_parameters();
+  for (const auto& item : parameters) {
+    const auto found = unit_of_name.find(item.key());
+    const size_t unit = found == unit_of_name.end() ? 0 : found->second;
+    const auto [known, is_new] = unit_of_tensor.try_emplace(item.value().unsafeGetTensorImpl(), unit);
+    if (known->second != unit) known->second = 0;
+  }
+  for (const auto& item : parameters)
+    units[unit_of_tensor.at(item.value().unsafeGetTensorImpl())].parameter_names.push_back(item.key());
+  if (units[0].parameter_names.empty()) units.erase(units.begin());
+  std::stable_partition(units.begin(), units.end(), [](const auto& unit) { return !unit.parameter_names.empty(); });
   return units;
 }
 

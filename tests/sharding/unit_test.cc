@@ -138,5 +138,29 @@ TEST(UnitTest, AUnitInsideAUnitIsRefused) {
   EXPECT_THROW(find_units(*model), ConfigError);
 }
 
+struct Pair : torch::nn::Module {
+  Pair(const at::Tensor& a, const at::Tensor& b) { register_parameter("a", a), register_parameter("b", b); }
+  at::Tensor forward(const at::Tensor& x) { return x; }
+};
+
+TEST(UnitTest, WhatAUnitSharesIsInNoUnit) {
+  const auto fresh = [] { return torch::ones({2}); };
+  const at::Tensor of_both = fresh(), outside_too = fresh(), twice = fresh();
+  const auto model = std::make_shared<torch::nn::Module>();
+  model->register_module("shares_all", unit<Pair>(of_both, outside_too));
+  model->register_module("shares_one", unit<Pair>(fresh(), of_both));
+  model->register_module("has_two_names", unit<Pair>(twice, twice));
+  model->register_parameter("bias", outside_too);
+  const auto units = find_units(*model);
+  ASSERT_EQ(units.size(), 4);
+  EXPECT_EQ(units[0].unit, nullptr);
+  EXPECT_EQ(units[0].parameter_names,
+            (std::vector<std::string>{"bias", "shares_all.a", "shares_all.b", "shares_one.b"}));
+  EXPECT_EQ(units[1].parameter_names, std::vector<std::string>{"shares_one.a"});
+  EXPECT_EQ(units[2].parameter_names, (std::vector<std::string>{"has_two_names.a", "has_two_names.b"}));
+  EXPECT_EQ(units[3].name, "shares_all") << "last, as it owns nothing";
+  EXPECT_TRUE(units[3].parameter_names.empty());
+}
+
 }  // namespace
 }  // namespace lockstep

@@ -62,9 +62,13 @@ std::vector<metrics::TraceTrack> lane_tracks(metrics::Trace* trace, int lanes) {
 class ParallelModel::Runner : public UnitRuntime {
  public:
   Runner(ParallelModel& model, Recompute recompute)
-      : sharded_(model.fully_sharded_.get()), updated_(model.updated_), recompute_(recompute) {}
+      : sharded_(model.fully_sharded_.get()),
+        updated_(model.updated_),
+        num_owners_(model.table_.units().size()),
+        recompute_(recompute) {}
 
   at::Tensor call(size_t unit, const std::function<at::Tensor()>& body) override {
+    if (unit >= num_owners_) return recompute(recompute_, body);  // all it has is shared
     if (updated_) updated_->require(unit);
     if (!sharded_) return recompute(recompute_, body);
     sharded_->before_forward(unit);
@@ -77,6 +81,7 @@ class ParallelModel::Runner : public UnitRuntime {
  private:
   FullySharded* sharded_;
   const std::unique_ptr<LateGather>& updated_;  // made after this
+  size_t num_owners_;                           // of parameters: units before this number
   Recompute recompute_;
 };
 

@@ -19,6 +19,7 @@ std::vector<int64_t> stored_shape(at::IntArrayRef shape) {
 
 ParameterTable::ParameterTable(torch::nn::Module& model, const Mesh& mesh, const TensorParallel& tensor) {
   units_ = find_units(model);
+  std::erase_if(units_, [](const FoundUnit& unit) { return unit.parameter_names.empty(); });  // the last ones
   find_locals(model, tensor);
   find_ties(dynamic_cast<LayerStack*>(&model));
   for (size_t i = 0; i < locals_.size(); ++i) {

@@ -52,6 +52,7 @@ class ParameterTable {
   ParameterTable(torch::nn::Module& model, const Mesh& mesh, const TensorParallel& tensor);
 
   const std::vector<ModelParameter>& locals() const { return locals_; }
+  /// Those that own parameters.
   const std::vector<FoundUnit>& units() const { return units_; }
   const std::vector<GlobalTensor>& globals() const { return globals_; }
   const std::vector<at::Tensor>& buffers() const { return buffers_; }

@@ -13,6 +13,7 @@ namespace lockstep::train {
 std::shared_ptr<torch::nn::Module> load_whole_model(Fs& fs, Task& task, const std::string& run_dir) {
   auto model = task.make_model(ModelParallel{});
   std::set<std::string> second_uses;
+  std::set<const void*> seen;  // one tensor under two names is saved under the first
   if (auto* stack = dynamic_cast<LayerStack*>(model.get())) {
     stack->build();
     for (const Tie& tie : stack->ties()) second_uses.insert(tie.second);
@@ -25,7 +26,8 @@ std::shared_ptr<torch::nn::Module> load_whole_model(Fs& fs, Task& task, const st
     state.push_back({section, ShardLayout::replicated(name, stored.sizes().vec(), dtype, 1), stored});
   };
   for (const auto& item : model->named_parameters()) {
-    if (!second_uses.contains(item.key())) add("weights", item.key(), item.value());
+    if (!second_uses.contains(item.key()) && seen.insert(item.value().unsafeGetTensorImpl()).second)
+      add("weights", item.key(), item.value());
   }
   for (const auto& item : model->named_buffers()) add("buffers", item.key(), item.value());
   const auto alone = std::move(make_local_world(1)[0]);

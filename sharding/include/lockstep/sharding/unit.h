@@ -144,11 +144,12 @@ class WithoutStorage {
 struct FoundUnit {
   std::string name;  ///< of the module; empty: what lies in no unit
   UnitBase* unit = nullptr;
-  std::vector<std::string> parameter_names;
+  std::vector<std::string> parameter_names;  ///< a tensor with several names is there under all of them
 };
 
-/// The units of a model in order of registration; parameters in no unit come first, as one entry without a unit, if
-/// there are any. @throws ConfigError a unit inside a unit.
+/// The units of a model in order of registration. Parameters in no unit come first, as one entry without a unit, if
+/// there are any. A tensor that a unit shares with another one, or with what lies outside, is in no unit: it must stay
+/// while either is used. Units to which that leaves nothing come last. @throws ConfigError a unit inside a unit.
 std::vector<FoundUnit> find_units(torch::nn::Module& model);
 
 }  // namespace lockstep
