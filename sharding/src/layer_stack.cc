@@ -1,4 +1,5 @@
 #include <lockstep/base/error.h>
+#include <lockstep/nn/dropout.h>
 #include <lockstep/sharding/layer_stack.h>
 
 namespace lockstep {
@@ -41,10 +42,52 @@ size_t LayerStack::chunk_of(const std::string& layer) const {
   throw CheckFailed("layer " + layer + " is not one of this stage");
 }
 
+// Random numbers go by a layer's place in the model and by how often it ran, not by the stage that it is on.
 at::Tensor LayerStack::run(size_t chunk, at::Tensor x, const std::vector<at::Tensor>& batch) {
   LOCKSTEP_CHECK(chunk < chunks_.size()) << "chunk " << chunk << " of " << chunks_.size() << ": call build() first";
-  for (size_t i = chunks_[chunk].begin; i < chunks_[chunk].end; ++i) x = (*built_[i])(x, batch);
+  constexpr uint64_t kPartsOfRun = uint64_t{1} << 32, kPartsOfLayer = 4;
+  const uint64_t first_part = (nn::step_key().part / kPartsOfRun + 1) * kPartsOfRun;
+  for (size_t i = chunks_[chunk].begin; i < chunks_[chunk].end; ++i) {
+    nn::begin_part(first_part + kPartsOfLayer * i);
+    x = (*built_[i])(x, batch);
+  }
+  nn::begin_part(first_part + kPartsOfLayer * layers_.size());
   return x;
+}
+
+namespace {
+
+struct StageIsDone {};  // thrown through the code that called forward(), where other stages go on
+
+}  // namespace
+
+at::Tensor LayerStack::run_stage(size_t chunk, at::Tensor x, bool is_last, const std::function<void()>& whole) {
+  stage_ = Stage{chunk, std::move(x), is_last, {}};
+  const std::unique_ptr<LayerStack, void (*)(LayerStack*)> end(this, [](LayerStack* stack) { stack->stage_.reset(); });
+  try {
+    whole();
+  } catch (const StageIsDone&) {
+  }
+  if (!stage_->output) {
+    throw ConfigError(
+        "the task's loss does not call the model's forward, so no pipeline can compute it. Mend: call forward(), once "
+        "a "
+        "micro-batch, or --pipeline_parallel_size=1");
+  }
+  return *stage_->output;
+}
+
+at::Tensor LayerStack::forward(const std::vector<at::Tensor>& batch) {
+  if (!stage_) return run(0, {}, batch);
+  if (stage_->output) {
+    throw ConfigError(
+        "the task's loss calls the model's forward twice in a micro-batch, so no pipeline can compute it. Mend: call "
+        "it "
+        "once, or --pipeline_parallel_size=1");
+  }
+  stage_->output = run(stage_->chunk, std::move(stage_->x), batch);
+  if (!stage_->is_last) throw StageIsDone();
+  return *stage_->output;
 }
 
 }  // namespace lockstep

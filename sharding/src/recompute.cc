@@ -92,7 +92,24 @@ void run_again(const Environment& environment, const RecomputeHooks& hooks, cons
   if (hooks.after_rerun) hooks.after_rerun();
 }
 
+namespace {
+
+// What a layer draws from LibTorch has a stream of its own, however it is run; what comes after it too.
+class PartScope {
+ public:
+  PartScope() { begin(); }
+  ~PartScope() { begin(); }
+  PartScope(const PartScope&) = delete;
+  PartScope& operator=(const PartScope&) = delete;
+
+ private:
+  static void begin() { nn::begin_part(nn::step_key().part + 1); }
+};
+
+}  // namespace
+
 at::Tensor recompute(Recompute how, const std::function<at::Tensor()>& body, const RecomputeHooks& hooks) {
+  const PartScope part;
   if (how == Recompute::kNone || SaverScope::is_active() || !at::GradMode::is_enabled()) return body();
   return how == Recompute::kFull ? recompute_full(body, hooks) : recompute_selective(body, hooks);
 }

@@ -175,6 +175,25 @@ TEST_F(RecomputeTest, TheRestOfBackwardFindsItsOwnStateAgain) {
   }
 }
 
+TEST_F(RecomputeTest, WhatLibTorchDrawsIsDrawnAgain) {
+  const at::Tensor x = normal({7, 5}, 1).requires_grad_();
+  const auto gradient_and_what_comes_after = [&](Recompute how) {
+    const nn::StepScope randomness({5, 7, 0});
+    at::Tensor y = x * torch::rand({5});
+    for (int layer = 0; layer < 3; ++layer)
+      y = recompute(how, [y] { return at::tanh(at::dropout(y, 0.5, true)) * torch::rand_like(y); });
+    y = y * torch::rand({5});
+    y.sum().backward();
+    const at::Tensor gradient = x.grad().clone();
+    x.mutable_grad().reset();
+    return std::vector{gradient, y.detach(), torch::rand({5})};
+  };
+  const auto kept = gradient_and_what_comes_after(Recompute::kNone);
+  EXPECT_GT(kept[0].count_nonzero().item<int64_t>(), 0);
+  for (const auto how : {Recompute::kSelective, Recompute::kFull})
+    EXPECT_EQ(num_different(kept, gradient_and_what_comes_after(how)), 0) << static_cast<int>(how);
+}
+
 TEST_F(RecomputeTest, TheOutermostOfNestedCallsDecides) {
   Stack stack(3, {}, /*is_llama=*/false);
   const at::Tensor x = normal({2, 12, 32}, 1).requires_grad_();

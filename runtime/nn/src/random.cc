@@ -9,8 +9,6 @@
 namespace lockstep::nn {
 namespace {
 
-thread_local StepKey t_key;
-
 template <typename Value>
 void fill(const at::Tensor& parameter, Value value) {
   const at::Tensor host = at::empty(parameter.sizes(), at::kFloat);
@@ -35,13 +33,10 @@ at::Tensor dropout_mask(at::IntArrayRef sizes, const at::TensorOptions& options,
 
 }  // namespace
 
-StepScope::StepScope(StepKey key) : was_(t_key) { t_key = key; }
-StepScope::~StepScope() { t_key = was_; }
-StepKey step_key() { return t_key; }
-
 at::Tensor dropout(const at::Tensor& x, double p, bool training, uint64_t layer) {
   if (!training || p <= 0) return x;
-  const uint64_t key = stream_key(stream_key(t_key.seed, t_key.step, t_key.leaf, layer), "dropout");
+  const StepKey now = step_key();
+  const uint64_t key = stream_key(stream_key(now.seed, now.step, now.leaf, layer), "dropout");
   const auto make = [sizes = x.sizes().vec(), options = x.options(), p, key](const std::vector<at::Tensor>& = {}) {
     return dropout_mask(sizes, options, p, key);
   };

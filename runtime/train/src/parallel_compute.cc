@@ -46,12 +46,6 @@ void add_loss(StepReport& report, const LossSum& loss) {
   if (loss.correct.defined()) report.correct.add(loss.correct.item<double>());
 }
 
-// A first stage without layers has nothing to say, but must say something.
-at::Tensor run_chunk(LayerStack& stack, int chunk, const at::Tensor& input, const data::Batch& batch) {
-  at::Tensor output = stack.run(chunk, input, batch.valid_tensors());
-  return output.defined() ? output : at::zeros({0});
-}
-
 const char* name_of(ActionKind kind) {
   switch (kind) {
     case ActionKind::kForward:
@@ -197,6 +191,19 @@ at::Tensor ParallelModel::loss_gradient(const at::Tensor& loss) const {
   return at::full({}, weight_, loss.options().requires_grad(false));
 }
 
+// As much of a micro-batch's loss as this chunk has; its output is the sum. The task's code around the model's forward
+// runs to its end where the last chunk is.
+LossSum ParallelModel::run_chunk(LayerStack& stack, int chunk, const at::Tensor& input, const data::Batch& batch) {
+  const bool is_last = chunk + 1 == options_.pipeline_chunks && mesh_.pipeline().rank() + 1 == options_.mesh.pipeline;
+  const auto versions = first_step_ ? buffer_versions(stack) : std::vector<uint32_t>();
+  LossSum loss;
+  const at::Tensor output = stack.run_stage(chunk, input, is_last, [&] { loss = task_.loss(stack, batch); });
+  if (first_step_) refuse_written_buffers(stack, versions);
+  if (is_last) return loss;
+  // A first stage without layers has nothing to say, but must say something.
+  return {output.defined() ? output : at::zeros({0}), {}};
+}
+
 // With gradients that leave after each micro-batch all pipelines run the same schedule, where they have none of its
 // last micro-batches as ranks that only take part in what the others exchange.
 void ParallelModel::compute_in_stages(int64_t step, const std::vector<data::Batch>& batches, StepReport& report) {
@@ -206,13 +213,16 @@ void ParallelModel::compute_in_stages(int64_t step, const std::vector<data::Batc
   auto& stack = dynamic_cast<LayerStack&>(*models_[0]);
   stack.train();
   PipelineCallbacks callbacks;
+  std::vector<at::Tensor> correct(present);
   callbacks.forward = [&](int64_t micro_batch, int chunk, const at::Tensor& input) {
     if (fully_sharded_) fully_sharded_->begin();
     at::Tensor output;
     if (micro_batch < present) {
       const Scope scope(*this, step, leaves[micro_batch]);
       const int64_t other = is_planted(Plant::kSwappedMicroBatches) && input.defined() ? micro_batch ^ 1 : micro_batch;
-      output = run_chunk(stack, chunk, input, on_device(batches[other < present ? other : micro_batch]));
+      const LossSum loss = run_chunk(stack, chunk, input, on_device(batches[other < present ? other : micro_batch]));
+      output = loss.sum;
+      if (loss.correct.defined()) correct[micro_batch] = loss.correct.detach();
     } else {
       absent_forward(chunk);
       output = input.defined() ? input : at::zeros({}, device_).requires_grad_();
@@ -236,7 +246,7 @@ void ParallelModel::compute_in_stages(int64_t step, const std::vector<data::Batc
   callbacks.observe = recorder_of_actions(tracks_.lanes[0]);
   const auto losses = runner_->run(schedule(micro_batches), callbacks);
   for (size_t i = 0; i < std::min(losses.size(), leaves.size()) && tells_loss(); ++i)
-    report.loss.add(losses[i].item<float>());
+    add_loss(report, {losses[i], correct[i]});
 }
 
 const PipelineSchedule& ParallelModel::schedule(int64_t micro_batches) {
@@ -349,6 +359,7 @@ StepReport ParallelModel::evaluate_in_stages(int64_t rounds, int64_t count,
   auto& stack = dynamic_cast<LayerStack&>(*models_[0]);
   const auto number_in = [&](int64_t round) { return round * mesh_.data().size() + mesh_.data().rank(); };
   StepReport report;
+  std::vector<at::Tensor> correct(rounds);
   PipelineCallbacks callbacks;
   callbacks.forward = [&](int64_t round, int chunk, const at::Tensor& input) {
     if (fully_sharded_) fully_sharded_->begin();
@@ -357,7 +368,9 @@ StepReport ParallelModel::evaluate_in_stages(int64_t rounds, int64_t count,
     if (is_own || mesh_.experts()) {
       const Scope scope(*this, /*step=*/0, number_in(round));
       const data::Batch batch = on_device(get(std::min(number_in(round), count - 1)));
-      output = run_chunk(stack, chunk, input, batch);
+      const LossSum loss = run_chunk(stack, chunk, input, batch);
+      output = loss.sum;
+      correct[round] = loss.correct;
       if (is_own && chunk == 0 && counts_batches()) report.count += task_.count(batch);
     } else {
       absent_forward(chunk);
@@ -369,7 +382,7 @@ StepReport ParallelModel::evaluate_in_stages(int64_t rounds, int64_t count,
   const auto losses =
       runner_->run(forward_only_schedule(options_.mesh.pipeline, options_.pipeline_chunks, rounds), callbacks);
   for (size_t i = 0; i < losses.size(); ++i) {
-    if (number_in(static_cast<int64_t>(i)) < count && tells_loss()) report.loss.add(losses[i].item<float>());
+    if (number_in(static_cast<int64_t>(i)) < count && tells_loss()) add_loss(report, {losses[i], correct[i]});
   }
   return report;
 }

@@ -89,6 +89,7 @@ class ParallelModel {
   void compute_in_lanes(int64_t step, const std::vector<data::Batch>& batches, StepReport& report);
   void compute_in_rounds(int64_t step, const std::vector<data::Batch>& batches, StepReport& report);
   void compute_in_stages(int64_t step, const std::vector<data::Batch>& batches, StepReport& report);
+  LossSum run_chunk(LayerStack& stack, int chunk, const at::Tensor& input, const data::Batch& batch);
   LossSum compute_leaf(int lane, int64_t step, int64_t leaf, const data::Batch& batch);
   at::Tensor loss_gradient(const at::Tensor& loss) const;
   void begin_leaf(int lane, int64_t leaf);

@@ -3,7 +3,10 @@
 #include <set>
 #include <thread>
 
+#include <ATen/Context.h>
 #include <gtest/gtest.h>
+#include <torch/nn/modules/dropout.h>
+#include <torch/types.h>
 
 #include <lockstep/nn/dropout.h>
 #include <lockstep/nn/init.h>
@@ -108,6 +111,77 @@ TEST(StepScopeTest, EndsWithTheKeyThatWas) {
   std::thread([&] {
     EXPECT_FALSE(at::equal(dropout(at::ones({99}), 0.5, true, 0), before)) << "a key of another thread";
   }).join();
+}
+
+// By LibTorch's own operators: with and without a tensor, in place, and through other operators.
+std::vector<at::Tensor> library_draws() {
+  const at::Tensor ones = at::ones({99, 2}), query = at::ones({1, 2, 9, 4});
+  return {torch::nn::Dropout(0.5)->forward(ones),
+          torch::rand({99}),
+          torch::randn({99}),
+          torch::randint(1'000'000, {99}),
+          torch::randperm(99),
+          torch::normal(0.0, 1.0, {99}),
+          torch::rand_like(ones),
+          torch::multinomial(at::ones({99}), 50),
+          torch::poisson(9 * ones),
+          torch::rrelu(-ones, 0.1, 0.3, true),
+          torch::empty({99}, torch::kBFloat16).exponential_(),
+          at::scaled_dot_product_attention(query, query, query, {}, 0.5)};
+}
+
+size_t num_equal(const std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b) {
+  size_t count = 0;
+  for (size_t i = 0; i < a.size(); ++i) count += at::equal(a[i], b[i]);
+  return count;
+}
+
+TEST(LibraryDrawsTest, FollowTheKeyInAnyThreadAndLeaveTheDefaultGeneratorAlone) {
+  const at::Generator shared = at::globalContext().defaultGenerator(at::kCPU);
+  const at::Tensor before = shared.get_state();
+  const auto draws_of = [](StepKey key) {
+    const StepScope scope(key);
+    return library_draws();
+  };
+  const auto first = draws_of({1, 2, 3});
+  EXPECT_EQ(num_equal(draws_of({1, 2, 3}), first), first.size());
+  for (const StepKey other : {StepKey{2, 2, 3}, StepKey{1, 3, 3}, StepKey{1, 2, 4}, StepKey{1, 2, 3, 1, 1}})
+    EXPECT_EQ(num_equal(draws_of(other), first), 0);
+  std::vector<std::vector<at::Tensor>> others(4);
+  std::vector<std::thread> threads;
+  for (auto& other : others) threads.emplace_back([&] { other = draws_of({1, 2, 3}); });
+  for (auto& thread : threads) thread.join();
+  for (const auto& other : others) EXPECT_EQ(num_equal(other, first), first.size());
+  EXPECT_TRUE(at::equal(shared.get_state(), before));
+  library_draws();
+  EXPECT_FALSE(at::equal(shared.get_state(), before)) << "outside of a scope all is as LibTorch has it";
+}
+
+TEST(LibraryDrawsTest, AnInnerScopeStartsAnewAndTheOuterOneGoesOn) {
+  const StepScope outer({1, 2, 3});
+  const at::Tensor first = torch::rand({9});
+  {
+    const StepScope inner({1, 2, 3});
+    EXPECT_TRUE(at::equal(torch::rand({9}), first));
+  }
+  const at::Tensor second = torch::rand({9});
+  EXPECT_FALSE(at::equal(second, first));
+  const StepScope again({1, 2, 3});
+  EXPECT_TRUE(at::equal(torch::rand({18}), at::cat({first, second})));
+  begin_part(1);
+  const at::Tensor of_part = torch::rand({9});
+  const StepScope there({1, 2, 3, /*loss_weight=*/1, /*part=*/1});
+  EXPECT_TRUE(at::equal(torch::rand({9}), of_part));
+  EXPECT_FALSE(at::equal(of_part, first));
+}
+
+TEST(LibraryDrawsTest, AGeneratorThatIsGivenIsUsed) {
+  at::Generator given = at::globalContext().defaultGenerator(at::kCPU).clone();
+  given.set_current_seed(5);
+  const at::Tensor wanted = torch::rand({9}, given);
+  given.set_current_seed(5);
+  const StepScope scope({1, 2, 3});
+  EXPECT_TRUE(at::equal(torch::rand({9}, given), wanted));
 }
 
 TEST(InitTest, ElementsAreThoseOfTheNamedStream) {

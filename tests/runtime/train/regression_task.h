@@ -9,11 +9,13 @@
 #include <torch/nn/modules/activation.h>
 #include <torch/nn/modules/batchnorm.h>
 #include <torch/nn/modules/container/sequential.h>
+#include <torch/nn/modules/dropout.h>
 #include <torch/nn/modules/linear.h>
 #include <torch/types.h>
 
 #include <lockstep/base/counter_random.h>
 #include <lockstep/nn/init.h>
+#include <lockstep/sharding/unit.h>
 #include <lockstep/train/task.h>
 
 namespace lockstep::train::test {
@@ -46,6 +48,13 @@ class Plane : public data::Dataset {
   std::string fingerprint_;
 };
 
+/// Draws from LibTorch's generator as people's own modules do.
+struct Noisy : torch::nn::Module {
+  at::Tensor forward(const at::Tensor& x) { return x + dropout(at::tanh(linear(x))) * (1 + 0.1 * torch::rand_like(x)); }
+  torch::nn::Linear linear = register_module("linear", torch::nn::Linear(8, 8));
+  torch::nn::Dropout dropout = register_module("dropout", torch::nn::Dropout(0.5));
+};
+
 /// Fits the plane with two layers: the smallest task with everything a Trainer has to care for.
 class RegressionTask : public Task {
  public:
@@ -55,12 +64,13 @@ class RegressionTask : public Task {
   std::function<void(torch::nn::Module& model)> before_forward;             ///< likewise
   std::function<void(torch::nn::Module&)> when_finished;
   std::string config = "{}";
-  bool batch_norm = false;
+  bool batch_norm = false, is_noisy = false;
 
   std::string name() const override { return "regression"; }
   std::shared_ptr<torch::nn::Module> make_model() override {
     torch::nn::Sequential model(torch::nn::Linear(4, 8), torch::nn::Tanh());
     if (batch_norm) model->push_back(torch::nn::BatchNorm1d(8));
+    for (int i = 0; is_noisy && i < 2; ++i) model->push_back(unit<Noisy>());
     model->push_back(torch::nn::Linear(8, 1));
     return model.ptr();
   }

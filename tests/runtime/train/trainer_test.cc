@@ -16,6 +16,7 @@
 #include <lockstep/metrics/run_log.h>
 #include <lockstep/train/trainer.h>
 
+#include "stack_task.h"
 #include "whole_run.h"
 
 namespace lockstep::train {
@@ -29,6 +30,7 @@ using test::Plane;
 using test::RegressionTask;
 using test::run_on;
 using test::small_run;
+using test::StackTask;
 using test::Weights;
 using test::weights_of;
 using testing::AllOf;
@@ -119,6 +121,50 @@ TEST_P(TrainerTest, AnInterruptedRunEndsWithTheBitsOfAnUninterruptedOne) {
   }
 }
 
+// Whoever computes a micro-batch, on whatever lane, once or twice, and after whatever interruption.
+TEST_P(TrainerTest, WhatLibTorchDrawsDependsOnTheMicroBatchAlone) {
+  const auto noisy = [](RegressionTask& task) { task.is_noisy = true; };
+  const auto set_up = [](Options& options) {
+    options.steps = 4;
+    options.checkpoint_interval_steps = 2;
+    options.asynchronous_save = false;
+  };
+  const TempDir other;
+  Options plain = small_run(other.path());
+  set_up(plain);
+  plain.parallel_micro_batches = 1;
+  const Outcome whole = run_on(1, plain, noisy);
+  ASSERT_FALSE(whole.weights.empty());
+  for (const int stage : {0, 3}) {
+    for (const Recompute how : {Recompute::kNone, Recompute::kFull}) {
+      for (const int lanes : {1, 2}) {
+        const TempDir dir;
+        Options options = small_run(dir.path());
+        set_up(options);
+        options.zero_stage = stage;
+        options.recompute = how;
+        options.parallel_micro_batches = lanes;
+        const Outcome ours = run_on(GetParam(), options, noisy);
+        EXPECT_EQ(ours.result.loss, whole.result.loss) << stage << " " << static_cast<int>(how) << " " << lanes;
+        EXPECT_EQ(ours.weights, whole.weights) << stage << " " << static_cast<int>(how) << " " << lanes;
+      }
+    }
+  }
+  set_up(options_);
+  EXPECT_THROW(run_on(GetParam(), options_,
+                      [&](RegressionTask& task) {
+                        noisy(task);
+                        task.disturb = [left = std::make_shared<std::atomic<int>>(20 / GetParam())](
+                                           at::Tensor&, const data::Batch&) {
+                          if (left->fetch_sub(1) == 0) throw IoError("pulling", "the plug", EIO);
+                        };
+                      }),
+               Error);
+  const Outcome resumed = run_on(GetParam(), options_, noisy);
+  EXPECT_EQ(resumed.result.resumed_from, 2);
+  EXPECT_EQ(resumed.weights, whole.weights);
+}
+
 TEST_P(TrainerTest, EvaluatesEverySampleOnce) {
   const auto validation = std::make_shared<Plane>(23);  // no multiple of anything
   options_.eval_interval_steps = 6;
@@ -197,6 +243,90 @@ TEST_P(TrainerTest, ARunLeavesWhatToolsRead) {
   const Outcome again = run_on(GetParam(), options_);
   EXPECT_EQ(again.result.resumed_from, 12);
   EXPECT_TRUE(again.weights.empty()) << "a run that is done does not train";
+}
+
+class PipelineTest : public testing::Test {
+ protected:
+  struct Outcome {
+    std::vector<json> metrics;
+    std::vector<double> validation;  // loss and accuracy
+    Weights weights;
+  };
+  static Outcome run(int stages, int chunks, const std::function<void(StackTask&)>& prepare) {
+    const TempDir dir;
+    Options options = small_run(dir.path());
+    options.steps = 3;
+    options.mesh.pipeline = stages;
+    options.pipeline_chunks = chunks;
+    if (chunks > 1) options.pipeline_schedule = "interleaved";
+    options.parallel_micro_batches = 1;
+    Outcome outcome;
+    run_local_ranks(stages, [&](ProcessGroup& group) {
+      StackTask task;
+      prepare(task);
+      task.when_finished = [&](torch::nn::Module& model) { outcome.weights = weights_of(model); };
+      const Result result = train(group, at::kCPU, task, options);
+      if (group.rank() == 0) outcome.validation = {result.validation_loss, result.validation_accuracy};
+    });
+    outcome.metrics = lines_of(dir / "metrics.jsonl");
+    for (json& line : outcome.metrics) {
+      json kept;
+      for (const char* key : {"step", "loss", "grad_norm", "accuracy"}) kept[key] = line.value(key, json());
+      line = kept;
+    }
+    return outcome;
+  }
+  static void expect_like_one_stage(const std::function<void(StackTask&)>& prepare) {
+    const Outcome whole = run(1, 1, prepare);
+    EXPECT_EQ(whole.metrics.size(), 3);
+    for (const auto& [stages, chunks] : {std::pair(2, 1), std::pair(4, 1), std::pair(2, 2)}) {
+      const Outcome cut = run(stages, chunks, prepare);
+      EXPECT_EQ(cut.metrics, whole.metrics) << stages << " x " << chunks;
+      EXPECT_EQ(cut.weights, whole.weights) << stages << " x " << chunks;
+      EXPECT_EQ(cut.validation, whole.validation) << stages << " x " << chunks;
+    }
+  }
+  static std::string refusal_of(const std::function<void(StackTask&)>& prepare) {
+    try {
+      run(2, 1, prepare);
+    } catch (const ConfigError& error) {
+      return error.what();
+    }
+    return "not refused";
+  }
+  // What the stack returns is no loss here, and its input not the batch's.
+  static LossSum own_loss(LayerStack& stack, const std::vector<at::Tensor>& batch) {
+    const at::Tensor error = stack.forward({batch[0] + 0.1 * torch::randn_like(batch[0])}) - batch[1];
+    return {(error.abs() * torch::rand_like(error)).sum(), (error.abs() < 1).sum()};
+  }
+};
+
+TEST_F(PipelineTest, ATasksOwnLossAndWhatLibTorchDrawsDoNotDependOnTheCut) {
+  expect_like_one_stage([](StackTask& task) {
+    task.is_noisy = true;
+    task.own_loss = own_loss;
+    task.validation = std::make_shared<Plane>(23);
+  });
+}
+
+TEST_F(PipelineTest, ALossThatNoStageCouldComputeIsRefused) {
+  EXPECT_THAT(refusal_of([](StackTask& task) {
+                task.own_loss = [](LayerStack& stack, const std::vector<at::Tensor>& batch) {
+                  return LossSum{stack.forward(batch) + stack.forward(batch), {}};
+                };
+              }),
+              AllOf(HasSubstr("forward twice"), HasSubstr("Mend")));
+  EXPECT_THAT(refusal_of([](StackTask& task) {
+                task.own_loss = [](LayerStack& stack, const std::vector<at::Tensor>&) {
+                  return LossSum{stack.parameters()[0].sum(), {}};
+                };
+              }),
+              AllOf(HasSubstr("does not call the model's forward"), HasSubstr("Mend")));
+}
+
+TEST_F(PipelineTest, ABufferThatForwardWritesIsNamed) {
+  EXPECT_THAT(refusal_of([](StackTask& task) { task.counts_calls = true; }),
+              AllOf(HasSubstr("buffer"), HasSubstr(".calls"), HasSubstr("GroupNorm")));
 }
 
 class TrainerMistakeTest : public TrainerTest {

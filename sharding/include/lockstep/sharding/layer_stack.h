@@ -2,6 +2,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -58,14 +59,26 @@ class LayerStack : public torch::nn::Module {
 
   /// Runs the layers of a chunk.
   at::Tensor run(size_t chunk, at::Tensor x, const std::vector<at::Tensor>& batch);
-  /// Runs the whole model on a micro-batch.
-  at::Tensor forward(const std::vector<at::Tensor>& batch) { return run(0, {}, batch); }
+  /// Runs the whole model on a micro-batch; inside run_stage(), one chunk of it.
+  at::Tensor forward(const std::vector<at::Tensor>& batch);
+
+  /// Runs `whole`, which computes a loss by one call of forward(), as far as it goes here: forward() runs the layers of
+  /// `chunk` on `x`, what the chunk before returned, and is left by an exception unless the chunk is the last.
+  /// @return the chunk's output. @throws ConfigError `whole` calls forward() otherwise.
+  at::Tensor run_stage(size_t chunk, at::Tensor x, bool is_last, const std::function<void()>& whole);
 
  private:
+  struct Stage {
+    size_t chunk;
+    at::Tensor x;
+    bool is_last;
+    std::optional<at::Tensor> output;
+  };
   std::vector<Layer> layers_;
   std::vector<Tie> ties_;
   std::vector<Range> chunks_;
   std::vector<std::shared_ptr<StackLayer>> built_;  // by layer; null where another stage has it
+  std::optional<Stage> stage_;                      // within run_stage()
 };
 
 }  // namespace lockstep

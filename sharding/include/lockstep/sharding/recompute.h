@@ -30,12 +30,13 @@ struct RecomputeHooks {
 /// a backward: hooks on gradients fire once, at the right level, and no input has to require grad. Selective: each
 /// cheap output is made again on its own when a product's backward asks for it.
 ///
-/// The second run gets the StepScope, autocast state, grad mode and WeightCacheScope of the first; LibTorch's random
-/// generators are not put back. `body` must do the same both times and have no effect but its output: it is kept, with
-/// all it captured, until backward is done. Capture tensors by value. Parameters (leaves that require grad) are kept
-/// themselves, never their bytes: their storage may be freed and filled again in between. Nested calls: the outermost
-/// decides, inner ones run as if kNone. Repeated backward with retain_graph works and runs `body` again.
-/// Threads: any number at once, each its own layers. Streams: those of the thread that runs backward.
+/// The second run gets the StepScope, autocast state, grad mode and WeightCacheScope of the first, so that it draws the
+/// same numbers, by LibTorch's operators too; generators outside of a StepScope are not put back. `body` must do the
+/// same both times and have no effect but its output: it is kept, with all it captured, until backward is done. Capture
+/// tensors by value. Parameters (leaves that require grad) are kept themselves, never their bytes: their storage may be
+/// freed and filled again in between. Nested calls: the outermost decides, inner ones run as if kNone. Repeated
+/// backward with retain_graph works and runs `body` again. Threads: any number at once, each its own layers. Streams:
+/// those of the thread that runs backward.
 /// @throws CheckFailed in backward, when the second run saves other tensors than the first (number, shape, dtype,
 /// version), or an input was changed in place in between.
 /// Cost: full about a forward less its last product, of the layer's memory its input; selective a few per cent.

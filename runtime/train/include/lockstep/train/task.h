@@ -43,6 +43,8 @@ class Task {
   /// What a batch counts for in the loss's divisor: tokens, samples, boxes. Known before any forward.
   virtual int64_t count(const data::Batch& batch) = 0;
   /// Forward and loss of one micro-batch. Default, for a LayerStack: what the stack returns for the batch's tensors.
+  /// In a pipeline every stage calls this, on its own layers: call the stack's forward once; it comes back on the last
+  /// stage alone. Random numbers drawn inside by LibTorch's operators depend on seed, step and micro-batch only.
   virtual LossSum loss(torch::nn::Module& model, const data::Batch& batch);
 
   /// Whether weight decay applies. Default: tensors of two and more dims.
