@@ -27,8 +27,8 @@ CALLS = [1, 2, 3, 5, 8, 13, 21, 34, 55, 89] if os.environ.get("LOCKSTEP_DEEP") e
 SAVES = 4
 
 
-def save(run_dir, inject):
-    command = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={inject.split(':')[0]}", "-e", f"inject={inject}", WRITER, run_dir]
+def save(run_dir, inject, keep=10):
+    command = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={inject.split(':')[0]}", "-e", f"inject={inject}", WRITER, run_dir, str(keep)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
@@ -49,6 +49,10 @@ def main():
         if save(pathlib.Path(folder) / "probe", "fdatasync:delay_enter=1:when=1").returncode != 0:
             print("SKIPPED: checkpoint_system_calls: strace may not trace here")
             sys.exit(77)
+        run_dir = pathlib.Path(folder) / "no_noreplace"  # NFS, Lustre, 9p and FUSE know renaming, but not without replacing
+        run = save(run_dir, "renameat2:error=EINVAL", keep=2)
+        kept = whole_checkpoints(run_dir)
+        assert run.returncode == 0 and kept == 2 and "failed" not in run.stderr, (kept, run.stderr[-1000:])
         for call, error, is_harmless in FAULTS:
             for number in CALLS:
                 run_dir = pathlib.Path(folder) / f"{call}-{error}-{number}"

@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <cerrno>
+#include <map>
 #include <mutex>
 
 #include <lockstep/base/error.h>
@@ -26,6 +28,27 @@ class FaultFs::State {
     return fault;
   }
 
+  // Whether this look at `path` finds what is there.
+  bool is_visible(const std::string& path) {
+    const std::lock_guard lock(mutex_);
+    const auto late = late_.find(path);
+    return late == late_.end() || late->second-- <= 0;
+  }
+
+  void look_for(const std::string& path) {
+    if (!is_visible(path)) throw IoError("open (injected, not visible yet)", path, ENOENT);
+  }
+
+  void show_late(const std::string& path, int64_t looks) {
+    const std::lock_guard lock(mutex_);
+    late_[path] = looks;
+  }
+
+  bool shows_late(const std::string& path) {
+    const std::lock_guard lock(mutex_);
+    return !late_.empty() || real_.shows_late(path);
+  }
+
   int64_t calls() {
     const std::lock_guard lock(mutex_);
     return calls_;
@@ -42,6 +65,7 @@ class FaultFs::State {
   std::mutex mutex_;
   int64_t calls_ = 0;
   std::vector<std::string> log_;
+  std::map<std::string, int64_t> late_;  // looks that will not find it
 };
 
 namespace {
@@ -98,6 +122,7 @@ class FaultFolder : public Folder {
   std::unique_ptr<File> open_read(const std::string& name) override {
     const std::string path = path_ + "/" + name;
     state_->before("open", path);
+    state_->look_for(path);
     return std::make_unique<FaultFile>(state_, real_->open_read(name), path);
   }
 
@@ -112,6 +137,7 @@ class FaultFolder : public Folder {
 FaultFs::FaultFs(Fs& real, Decide decide) : state_(std::make_shared<State>(real, std::move(decide))) {}
 FaultFs::~FaultFs() = default;
 
+void FaultFs::show_late(const std::string& path, int64_t looks) { state_->show_late(path, looks); }
 int64_t FaultFs::calls() const { return state_->calls(); }
 std::vector<std::string> FaultFs::log() const { return state_->log(); }
 
@@ -122,6 +148,7 @@ std::unique_ptr<File> FaultFs::create_exclusive(const std::string& path, int mod
 
 std::unique_ptr<File> FaultFs::open_read(const std::string& path) {
   state_->before("open", path);
+  state_->look_for(path);
   return std::make_unique<FaultFile>(state_, state_->real().open_read(path), path);
 }
 
@@ -161,9 +188,11 @@ std::vector<std::string> FaultFs::list_directory(const std::string& path) {
 
 std::unique_ptr<Folder> FaultFs::open_folder(const std::string& path) {
   state_->before("open", path);
+  state_->look_for(path);
   return std::make_unique<FaultFolder>(state_, state_->real().open_folder(path), path);
 }
 
-bool FaultFs::exists(const std::string& path) { return state_->real().exists(path); }
+bool FaultFs::exists(const std::string& path) { return state_->is_visible(path) && state_->real().exists(path); }
+bool FaultFs::shows_late(const std::string& path) { return state_->shows_late(path); }
 
 }  // namespace lockstep

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstdio>
 #include <filesystem>
@@ -8,6 +9,7 @@
 #include <linux/openat2.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <lockstep/base/error.h>
@@ -149,6 +151,36 @@ std::unique_ptr<File> open_file(const std::string& path, int flags, int mode, co
   return std::make_unique<RealFile>(std::move(fd), path);
 }
 
+std::string parent_of(const std::string& path) {
+  const std::string parent = std::filesystem::path(path).parent_path().string();
+  return parent.empty() ? "." : parent;
+}
+
+// By what statfs(2) calls the type; most are in no header.
+bool is_network(uint32_t type) {
+  constexpr std::array<uint32_t, 18> kNetwork = {
+      0x6969,      // NFS
+      0x517B,      // SMB
+      0xFE534D42,  // SMB2
+      0xFF534D42,  // CIFS
+      0x00C36400,  // Ceph
+      0x0BD00BD0,  // Lustre
+      0x65735546,  // FUSE: GlusterFS, sshfs, ...
+      0x47504653,  // GPFS
+      0x19830326,  // BeeGFS
+      0x01021997,  // 9p
+      0x5346414F,  // AFS
+      0x6B414653,  // AFS of the kernel
+      0x73757245,  // Coda
+      0x20030528,  // OrangeFS
+      0xAAD7AAEA,  // PanFS
+      0x01161970,  // GFS2
+      0x7461636F,  // OCFS2
+      0x786F4256,  // VirtualBox's shared folders
+  };
+  return std::find(kNetwork.begin(), kNetwork.end(), type) != kNetwork.end();
+}
+
 class RealFs : public Fs {
  public:
   std::unique_ptr<File> create_exclusive(const std::string& path, int mode) override {
@@ -180,8 +212,11 @@ class RealFs : public Fs {
   void rename_exclusive(const std::string& from, const std::string& to) override {
     if (::renameat2(AT_FDCWD, from.c_str(), AT_FDCWD, to.c_str(), RENAME_NOREPLACE) == 0) return;
     if (errno != EINVAL && errno != ENOSYS) fail("renaming to", to);
-    if (::link(from.c_str(), to.c_str()) != 0)
-      fail("linking to", to);  // file systems without NOREPLACE, NFS among them
+    // File systems without NOREPLACE: NFS, Lustre, 9p, many by FUSE.
+    struct stat status {};
+    if (::lstat(from.c_str(), &status) != 0) fail("renaming", from);
+    if (S_ISDIR(status.st_mode)) return rename_folder(from, to);
+    if (::link(from.c_str(), to.c_str()) != 0) fail("linking to", to);
     if (::unlink(from.c_str()) != 0) fail("unlinking", from);
   }
 
@@ -218,16 +253,29 @@ class RealFs : public Fs {
     if (errno != ENOENT && errno != ENOTDIR) fail("looking for", path);
     return false;
   }
-};
 
-std::string parent_of(const std::string& path) {
-  const std::string parent = std::filesystem::path(path).parent_path().string();
-  return parent.empty() ? "." : parent;
-}
+  bool shows_late(const std::string& path) override {
+    struct statfs status {};
+    for (std::string place = path; ::statfs(place.c_str(), &status) != 0; place = parent_of(place)) {
+      if (place == "." || place == "/") return false;
+    }
+    return is_network(static_cast<uint32_t>(status.f_type));
+  }
+
+ private:
+  // A folder cannot be linked. If one comes between the look and the renaming, the latter replaces an empty one at
+  // most.
+  void rename_folder(const std::string& from, const std::string& to) {
+    if (exists(to)) throw IoError("renaming to", to, EEXIST);
+    if (::rename(from.c_str(), to.c_str()) != 0) fail("renaming to", to);
+  }
+};
 
 }  // namespace
 
 uint32_t File::owner() const { return ::geteuid(); }
+
+bool Fs::shows_late(const std::string&) { return false; }
 
 std::unique_ptr<Folder> Fs::open_folder(const std::string& path) { return std::make_unique<FolderByPath>(*this, path); }
 

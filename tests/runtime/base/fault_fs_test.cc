@@ -18,6 +18,19 @@ std::span<const std::byte> bytes(const std::string& text) { return std::as_bytes
 
 Fault nothing(const std::string&, const std::string&, int64_t) { return {}; }
 
+TEST(FaultFsTest, ANameShowsLateAsOftenAsAsked) {
+  const TempDir dir;
+  FaultFs fs(real_fs(), nothing);
+  write_durable(fs, dir / "x", "text");
+  EXPECT_FALSE(fs.shows_late(dir.path()));
+  fs.show_late(dir / "x", 3);
+  EXPECT_TRUE(fs.shows_late(dir.path()));
+  EXPECT_FALSE(fs.exists(dir / "x"));
+  EXPECT_THROW(fs.open_read(dir / "x"), IoError);
+  EXPECT_THROW(fs.open_folder(dir.path())->open_read("x"), IoError);
+  EXPECT_EQ(read_text(fs, dir / "x", 10), "text");
+}
+
 // One of everything, in this order.
 const std::vector<std::string> kKinds = {"mkdir", "open", "allocate",       "write",  "sync",   "close", "open",
                                          "read",  "list", "sync_directory", "rename", "unlink", "open",  "rmdir"};

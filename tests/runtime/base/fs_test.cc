@@ -17,6 +17,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <gmock/gmock.h>
@@ -33,6 +34,7 @@ std::atomic<bool> g_hostile_io{false}, g_no_exclusive_rename{false};
 std::atomic<int> g_io_calls{0};
 std::function<void()> g_after_look;  // called once between looking at a file and opening it
 std::atomic<int> g_no_openat2{0};    // the errno it fails with
+std::atomic<uint32_t> g_fs_type{0};  // of every folder but /; 0: its own
 
 // Every other call is interrupted, and no call moves more than 3 bytes.
 bool interrupted() {
@@ -53,6 +55,11 @@ ssize_t pread(int fd, void* data, size_t n, off_t offset) {
   return interrupted() ? -1 : syscall(SYS_pread64, fd, data, shortened(n), offset);
 }
 int fdatasync(int fd) { return interrupted() ? -1 : static_cast<int>(syscall(SYS_fdatasync, fd)); }
+int statfs(const char* path, struct statfs* status) noexcept {
+  const long result = syscall(SYS_statfs, path, status);
+  if (g_fs_type != 0 && std::strcmp(path, "/") != 0) status->f_type = g_fs_type;
+  return static_cast<int>(result);
+}
 int fstatat(int at, const char* path, struct stat* status, int flags) noexcept {
   const long result = syscall(SYS_newfstatat, at, path, status, flags);
   if (const auto then = std::exchange(g_after_look, nullptr)) then();
@@ -106,6 +113,7 @@ class FsTest : public testing::Test {
     g_hostile_io = g_no_exclusive_rename = false;
     g_after_look = nullptr;
     g_no_openat2 = 0;
+    g_fs_type = 0;
   }
 
   void write(const std::string& name, const std::string& text) { write_durable(fs_, dir_ / name, text); }
@@ -175,6 +183,34 @@ TEST_F(FsTest, RenamesWithAndWithoutTheSystemCall) {
   fs_.rename_exclusive(dir_ / "y", dir_ / "z");
   EXPECT_THAT(fs_.list_directory(dir_.path()), ElementsAre("z"));
   EXPECT_EQ(read("z"), "text");
+}
+
+TEST_F(FsTest, FoldersAreRenamedWithAndWithoutTheSystemCallAndReplaceNone) {
+  for (const bool lacking : {false, true}) {
+    g_no_exclusive_rename = lacking;
+    make_directories(fs_, dir_ / "a");
+    write("a/x", "text");
+    make_directories(fs_, dir_ / "empty");
+    EXPECT_EQ(error_of([&] { fs_.rename_exclusive(dir_ / "a", dir_ / "empty"); }), EEXIST) << lacking;
+    fs_.rename_exclusive(dir_ / "a", dir_ / "b");
+    EXPECT_THAT(fs_.list_directory(dir_.path()), ElementsAre("b", "empty")) << lacking;
+    EXPECT_EQ(read("b/x"), "text");
+    std::filesystem::remove_all(dir_ / "b");
+  }
+}
+
+TEST_F(FsTest, NamesShowLateOnNetworkFileSystemsAlone) {
+  for (const uint32_t local : {0xEF53U, 0x58465342U, 0x01021994U, 0x9123683EU, 0x794C7630U}) {  // ext4, XFS, tmpfs, ...
+    g_fs_type = local;
+    EXPECT_FALSE(fs_.shows_late(dir_.path())) << local;
+  }
+  for (const uint32_t network :
+       {0x6969U, 0xFF534D42U, 0x0BD00BD0U, 0x65735546U, 0x01021997U}) {  // NFS, CIFS, Lustre, ...
+    g_fs_type = network;
+    EXPECT_TRUE(fs_.shows_late(dir_.path())) << network;
+    EXPECT_TRUE(fs_.shows_late(dir_ / "not/there/yet")) << network;
+    EXPECT_TRUE(fs_.shows_late("not/there/yet")) << network;
+  }
 }
 
 TEST_F(FsTest, LinksAreNotFollowedAndOnlyRegularFilesAreRead) {

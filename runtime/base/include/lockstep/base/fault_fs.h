@@ -34,6 +34,10 @@ class FaultFs : public Fs {
   FaultFs& operator=(const FaultFs&) = delete;
   ~FaultFs() override;
 
+  /// The next `looks` at `path` (opens and exists()) do not find it, as a name that another machine has made and this
+  /// one does not know of yet; shows_late() is true from now on.
+  void show_late(const std::string& path, int64_t looks);
+
   int64_t calls() const;                 ///< operations so far, the failed ones included
   std::vector<std::string> log() const;  ///< one line an operation: "kind path offset length"
 
@@ -48,6 +52,7 @@ class FaultFs : public Fs {
   void remove_directory(const std::string& path) override;
   std::vector<std::string> list_directory(const std::string& path) override;
   bool exists(const std::string& path) override;
+  bool shows_late(const std::string& path) override;
   std::unique_ptr<Folder> open_folder(const std::string& path) override;
 
   class State;

@@ -44,7 +44,8 @@ class Fs {
   virtual std::unique_ptr<File> open_append(const std::string& path, int mode = 0640) = 0;
   virtual void make_directory(const std::string& path, int mode = 0750) = 0;  ///< EEXIST is an error
   virtual void sync_directory(const std::string& path) = 0;
-  /// Renames without replacing: fails with EEXIST when `to` is there (renameat2, or link + unlink where it lacks).
+  /// Renames without replacing: fails with EEXIST when `to` is there (renameat2; where it lacks, link + unlink for a
+  /// file, a look + rename for a folder).
   virtual void rename_exclusive(const std::string& from, const std::string& to) = 0;
   /// Renames over what is at `to`, if anything is, in one step: who looks sees the one or the other.
   virtual void replace_file(const std::string& from, const std::string& to) = 0;
@@ -52,6 +53,9 @@ class Fs {
   virtual void remove_directory(const std::string& path) = 0;                    ///< empty ones only
   virtual std::vector<std::string> list_directory(const std::string& path) = 0;  ///< names, sorted, without . and ..
   virtual bool exists(const std::string& path) = 0;
+  /// Whether a name that another machine has made may be seen here only after a while, as clients of network file
+  /// systems keep what they know of names for up to a minute. Asked of the nearest folder that is there.
+  virtual bool shows_late(const std::string& path);
   /// Links on the way to the folder are followed: a person named it. For file systems of tests the default looks
   /// names up by path.
   virtual std::unique_ptr<Folder> open_folder(const std::string& path);
