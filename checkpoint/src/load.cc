@@ -1,5 +1,9 @@
 // Store's reading half: which checkpoint, agreed by all ranks, and its bytes into this rank's boxes.
+#include <algorithm>
 #include <array>
+#include <cerrno>
+#include <chrono>
+#include <thread>
 
 #include <unistd.h>
 
@@ -39,8 +43,8 @@ std::string difference(const format::Manifest& manifest, const std::vector<const
 
 // A contiguous CPU tensor is read into in place. Collective over the node.
 void read_tensors(const format::Reader& reader, const std::vector<const StateTensor*>& wanted, ProcessGroup& node,
-                  const std::vector<int>& node_ranks, int threads) {
-  NodeReader node_reader(reader, node, node_ranks, threads);
+                  const std::vector<int>& node_ranks, int threads, Milliseconds timeout) {
+  NodeReader node_reader(reader, node, node_ranks, threads, timeout);
   std::vector<at::Tensor> host;
   for (const StateTensor* tensor : wanted) {
     const bool in_place = tensor->local.is_cpu() && tensor->local.is_contiguous();
@@ -70,6 +74,26 @@ ProcessGroup& Store::node() {
   return *node_;
 }
 
+// Where names of other machines show late, one that is not there now is no damage yet.
+std::unique_ptr<format::Reader> Store::open_patiently(const std::string& path) const {
+  using Clock = std::chrono::steady_clock;
+  const Milliseconds patience = std::min(options_.late_names, options_.timeout / 2);
+  const auto deadline = Clock::now() + patience;
+  const format::Trust trust = options_.trust_foreign ? format::Trust::kAny : format::Trust::kOwn;
+  for (Milliseconds pause(10);; pause = std::min(2 * pause, Milliseconds(2000))) {
+    try {
+      return std::make_unique<format::Reader>(fs_, path, trust);
+    } catch (const IoError& error) {
+      const bool may_come = error.error_number() == ENOENT || error.error_number() == ESTALE;
+      if (!may_come || Clock::now() >= deadline || !fs_.shows_late(path)) throw;
+      LOG_IF(WARNING, pause == Milliseconds(10))
+          << error.what() << ": this file system may show late what other machines write; looking for it for up to "
+          << patience.count() / 1000.0 << " s";
+    }
+    std::this_thread::sleep_until(std::min(Clock::now() + pause, deadline));
+  }
+}
+
 // Opened and compared first, on all ranks: the reading itself is work that they share.
 Verdict Store::read(const std::string& path, const std::vector<StateTensor>& state, bool weights_only,
                     Progress& progress) {
@@ -80,9 +104,7 @@ Verdict Store::read(const std::string& path, const std::vector<StateTensor>& sta
   for (const StateTensor& tensor : state) {
     if (!weights_only || format::is_weights_section(tensor.section)) wanted.push_back(&tensor);
   }
-  const format::Trust trust = options_.trust_foreign ? format::Trust::kAny : format::Trust::kOwn;
-  Verdict opened =
-      attempt(world_, doing, options_.timeout, [&] { reader = std::make_unique<format::Reader>(fs_, path, trust); });
+  Verdict opened = attempt(world_, doing, options_.timeout, [&] { reader = open_patiently(path); });
   if (opened.outcome != Outcome::kDone) return opened;
   const format::Manifest& manifest = reader->manifest();
   if (reader->is_foreign() && world_.rank() == 0) {
@@ -98,8 +120,9 @@ Verdict Store::read(const std::string& path, const std::vector<StateTensor>& sta
               .config_json = manifest.config_json,
               .record_json = manifest.record_json,
               .data_fingerprint = manifest.data_fingerprint};
-  return attempt(world_, doing, options_.timeout,
-                 [&] { read_tensors(*reader, wanted, node_group, node_ranks_, options_.read_threads); });
+  return attempt(world_, doing, options_.timeout, [&] {
+    read_tensors(*reader, wanted, node_group, node_ranks_, options_.read_threads, options_.timeout);
+  });
 }
 
 // Paths a line each. Rank 0's view decides for all: listings of a network file system may differ between hosts.
@@ -109,9 +132,12 @@ std::string Store::list_newest_first(bool& any) {
     const auto& durable = options_.known_durable;
     bool found = durable.lower_bound({options_.first_epoch, 0}) != durable.end();
     remove_retired(fs_, checkpoints());
-    for (const format::Candidate& candidate : format::list_candidates(fs_, checkpoints())) {
+    for (format::Candidate& candidate : format::list_candidates(fs_, checkpoints())) {
       // Without a manifest: left by a start that died. One that superseded us may still be writing; leave it alone.
-      if (has_lost_manifest(candidate)) {
+      const bool is_lost = has_lost_manifest(candidate);
+      if (is_lost && fs_.shows_late(candidate.path)) {
+        candidate.complete = true;  // for all we know; whoever opens it is patient
+      } else if (is_lost) {
         LOG(ERROR) << "'" << candidate.path << "' was durable and has lost its MANIFEST; it is passed by and kept";
       } else if (!candidate.complete && candidate.epoch <= options_.epoch) {
         remove_unfinished(fs_, candidate.path);

@@ -1,4 +1,7 @@
 // Storage that fails: every call in turn, and random damage on disk.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
@@ -144,6 +147,68 @@ TEST_P(EveryCallTest, ALoadThatMeetsAnErrorGivesRightBytesOrNone) {
   google::SetStderrLogging(google::ERROR);
 }
 
+// Names that a load does not see yet, as on NFS.
+class LateNamesTest : public testing::Test {
+ protected:
+  static constexpr int kWorldSize = 2;
+  void SetUp() override {
+    run_local_ranks(kWorldSize, [&](ProcessGroup& group) {
+      Store store(real_fs(), group, {.run_dir = run_.path()});
+      for (int step : {1, 2}) store.save(progress_at(step), make_state(Cut::kRows, group.size(), group.rank(), step));
+    });
+  }
+  int64_t load(Fs& fs, Milliseconds timeout) {
+    std::atomic<int64_t> step{-1};
+    run_local_ranks(kWorldSize, [&](ProcessGroup& group) {
+      Store store(fs, group, {.run_dir = run_.path(), .timeout = timeout, .known_durable = {{1, 1}, {1, 2}}});
+      const auto state = make_state(Cut::kRows, group.size(), group.rank(), 0, /*filled=*/false);
+      step = store.load_newest(state)->step;
+      EXPECT_EQ(first_difference(state, group.rank(), static_cast<int>(step)), "");
+    });
+    return step;
+  }
+  bool is_quarantined() const { return std::filesystem::exists(newer_ + "/QUARANTINED"); }
+
+  TempDir run_;
+  std::string newer_ = run_.path() + "/checkpoints/step-00000002.e0001";
+  FaultFs late_{real_fs(), [](const std::string&, const std::string&, int64_t) { return Fault{}; }};
+};
+
+TEST_F(LateNamesTest, AreWaitedForAndTheNewestIsLoaded) {
+  for (const std::string& name : {std::string(format::kManifestName), format::shard_name(1, kWorldSize)}) {
+    const test::LogCatcher warnings(google::GLOG_WARNING);
+    late_.show_late(newer_ + "/" + name, 6);
+    EXPECT_EQ(load(late_, std::chrono::minutes(2)), 2) << name;
+    EXPECT_FALSE(is_quarantined()) << name;
+    EXPECT_THAT(warnings.text(), testing::AllOf(HasSubstr(name), HasSubstr("for up to 60 s")));
+    const std::string text = warnings.text();
+    EXPECT_LE(std::count(text.begin(), text.end(), '\n'), kWorldSize) << "said more than once: " << text;
+  }
+}
+
+TEST_F(LateNamesTest, AreDamageWhenTheyNeverComeBeforeTheOtherRanksGiveUp) {
+  google::SetStderrLogging(google::FATAL);
+  late_.show_late(newer_ + "/" + format::shard_name(1, kWorldSize), 1 << 30);
+  const auto start = std::chrono::steady_clock::now();
+  EXPECT_EQ(load(late_, std::chrono::seconds(4)), 1);
+  const auto waited = std::chrono::steady_clock::now() - start;
+  EXPECT_GT(waited, std::chrono::milliseconds(500)) << "did not wait";
+  EXPECT_LT(waited, std::chrono::seconds(30)) << "waited for longer than the other ranks do";
+  EXPECT_TRUE(is_quarantined());
+  google::SetStderrLogging(google::ERROR);
+}
+
+TEST_F(LateNamesTest, AreDamageAtOnceWhereNamesDoNotShowLate) {
+  google::SetStderrLogging(google::FATAL);
+  if (real_fs().shows_late(run_.path())) GTEST_SKIP() << "the folder for temporary files is on a network file system";
+  std::filesystem::remove(newer_ + "/" + format::shard_name(1, kWorldSize));
+  const auto start = std::chrono::steady_clock::now();
+  EXPECT_EQ(load(real_fs(), std::chrono::minutes(2)), 1);
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(30)) << "waited";
+  EXPECT_TRUE(is_quarantined());
+  google::SetStderrLogging(google::ERROR);
+}
+
 TEST(DamageTest, OfTenThousandDamagedCheckpointsNoneIsLoadedAndTheOneBeforeIs) {
   google::SetStderrLogging(google::FATAL);
   constexpr int kWorldSize = 3;
@@ -164,7 +229,9 @@ TEST(DamageTest, OfTenThousandDamagedCheckpointsNoneIsLoadedAndTheOneBeforeIs) {
     const auto state = make_state(Cut::kColumns, 1, 0, 0, /*filled=*/false);
     for (int round = 0; round < rounds; ++round) {
       const std::string how = format::damage(newer, older, random);
-      Store store(real_fs(), group, {.run_dir = run.path(), .epoch = 2, .known_durable = {{1, 1}, {1, 2}}});
+      Store store(
+          real_fs(), group,
+          {.run_dir = run.path(), .epoch = 2, .late_names = Milliseconds(0), .known_durable = {{1, 1}, {1, 2}}});
       damaged += how.empty() ? 0 : 1;
       ASSERT_EQ(store.load_newest(state)->step, how.empty() ? 2 : 1) << "round " << round << ": " << how;
       ASSERT_EQ(first_difference(state, 0, how.empty() ? 2 : 1), "") << how;

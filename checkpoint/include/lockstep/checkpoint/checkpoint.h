@@ -18,6 +18,10 @@
 #include <lockstep/format/manifest.h>
 #include <lockstep/sharding/shard_layout.h>
 
+namespace lockstep::format {
+class Reader;
+}
+
 namespace lockstep::checkpoint {
 
 class Staging;
@@ -61,6 +65,9 @@ struct Options {
   bool check_plan = false;                             ///< compare the ranks' plans before each save: for finding bugs
   int read_threads = 1;                                ///< that read at once on a rank
   Milliseconds slow_after = std::chrono::seconds(60);  ///< a save that takes longer is told of, with its bytes/s
+  /// Where Fs::shows_late(), a load looks for so long for files that are not there before they count as lost; half of
+  /// `timeout` at most, as the other ranks wait.
+  Milliseconds late_names = std::chrono::seconds(60);
   /// (epoch, step) of checkpoints that were durable once, as the run's ledger has it (rank 0's count). One that is
   /// there without its MANIFEST is damaged, not unfinished: it stays; and with none left to load there is no fresh
   /// start.
@@ -146,6 +153,7 @@ class Store {
   void check_not_fenced();
   std::string list_newest_first(bool& any);
   Verdict read(const std::string& path, const std::vector<StateTensor>& state, bool weights_only, Progress& progress);
+  std::unique_ptr<format::Reader> open_patiently(const std::string& path) const;
   ProcessGroup& node();
   void check_state(const std::vector<StateTensor>& state) const;
   std::string checkpoints() const { return options_.run_dir + "/checkpoints"; }
