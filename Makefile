@@ -36,10 +36,10 @@ deep: build  ## the long numbers: hours
 	@tests/python/fetch_smollm2.sh || echo "SmolLM2 did not come; its test will say so"
 	@LOCKSTEP_DEEP=1 tests/run.sh
 
-bench:  ## training and start-up beside PyTorch on this machine; writes build/bench.json
+bench:  ## training, start-up, exchange and checkpoints beside their peers on this machine; writes build/bench.json, fails where a goal is missed
 	@cmake/setup.sh test
 	@mkdir -p build && $(call CONFIGURE,release,)
-	@cmake --build $(BUILD) -j $(JOBS) --target lockstep tokenize gpt all_reduce_bench checkpoint_bench overlap_bench
+	@cmake --build $(BUILD) -j $(JOBS) --target lockstep tokenize gpt all_reduce_bench checkpoint_bench checkpoint_unchecked_bench overlap_bench
 	@examples/gpt/fetch_data.sh
 	@build/deps/venv/bin/python tests/bench/bench.py
 

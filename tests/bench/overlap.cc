@@ -1,8 +1,11 @@
 // How much of the communication hides behind compute: 2 ranks, as threads, over a link so slow that a step's bytes
 // alone take half as long as its compute. Prints hidden = 1 - (step over the slow link - step without delay) / time of
-// the bytes, and fails below the goal.
+// the bytes, three times; bench.py knows how much it should be.
 //
-//     overlap_bench [FOLDER]     FOLDER: keeps the runs there, with a trace of two steps each
+//     overlap_bench [CASE [FOLDER]]
+//
+// CASE: zero3-2 is ZeRO-3 with 2 micro-batches of a rank in a step; without one, all. FOLDER keeps the runs, with a
+// trace of two steps each.
 #include <algorithm>
 #include <cstdio>
 #include <filesystem>
@@ -31,12 +34,10 @@ constexpr double kShareOfCompute = 0.5;
 struct Case {
   int zero_stage;
   int64_t micro_batches;  // of a rank in a step
-  double goal = 0.6;
+  std::string name() const { return "zero" + std::to_string(zero_stage) + "-" + std::to_string(micro_batches); }
 };
 
-// Of several micro-batches ZeRO-1 has the first one's forward to hide its gather behind and the last one's backward for
-// its reduction: with two of this model two thirds of the bytes at most.
-constexpr Case kCases[] = {{1, 1}, {1, 2, 0.45}, {3, 1}, {3, 2}};
+constexpr Case kCases[] = {{1, 1}, {1, 2}, {3, 1}, {3, 2}};
 
 train::Options run_options(const std::string& run_dir, const Case& which) {
   train::Options options;
@@ -80,36 +81,38 @@ Measured measure(const std::string& run_dir, const Case& which, double ns_per_by
   return {steps[steps.size() / 2], bytes / kSteps};
 }
 
-bool hides_enough(const std::string& folder, const Case& which) {
-  const std::string name =
-      folder + "/zero" + std::to_string(which.zero_stage) + "-" + std::to_string(which.micro_batches);
-  const auto run_dir = [&](const char* link, int round) { return name + link + std::to_string(round); };
-  std::vector<double> shares;
+void print_hidden(const std::string& folder, const Case& which) {
+  const auto run_dir = [&](const char* link, int round) {
+    return folder + "/" + which.name() + link + std::to_string(round);
+  };
   for (int round = 0; round < kRounds; ++round) {
     const Measured plain = measure(run_dir("-plain", round), which, 0);
     const double communication_s = kShareOfCompute * plain.step_s;
     const Measured slow =
         measure(run_dir("-slow", round), which, 1e9 * communication_s / static_cast<double>(plain.bytes));
-    shares.push_back(1 - (slow.step_s - plain.step_s) / communication_s);
     std::printf(
         "ZeRO-%d, %lld micro-batches: step %.1f ms, with %.1f ms of communication (%.1f MB) %.1f ms: hidden %.0f %%\n",
         which.zero_stage, static_cast<long long>(which.micro_batches), 1e3 * plain.step_s, 1e3 * communication_s,
-        1e-6 * static_cast<double>(plain.bytes), 1e3 * slow.step_s, 100 * shares.back());
+        1e-6 * static_cast<double>(plain.bytes), 1e3 * slow.step_s,
+        100 * (1 - (slow.step_s - plain.step_s) / communication_s));
     std::fflush(stdout);
   }
-  std::sort(shares.begin(), shares.end());
-  return shares[kRounds / 2] >= which.goal;
 }
 
 }  // namespace
 }  // namespace lockstep
 
 int main(int argc, char** argv) {
-  std::string folder = argc > 1 ? argv[1] : "";
+  const std::string wanted = argc > 1 ? argv[1] : "";
+  std::string folder = argc > 2 ? argv[2] : "";
   std::string scratch = std::filesystem::temp_directory_path() / "overlap.XXXXXX";
   if (folder.empty()) folder = mkdtemp(scratch.data()) ? scratch : "overlap";
-  bool ok = true;
-  for (const lockstep::Case& which : lockstep::kCases) ok &= lockstep::hides_enough(folder, which);
-  if (argc <= 1) std::filesystem::remove_all(folder);
-  return ok ? 0 : 1;
+  bool is_known = false;
+  for (const lockstep::Case& which : lockstep::kCases) {
+    if (!wanted.empty() && which.name() != wanted) continue;
+    lockstep::print_hidden(folder, which);
+    is_known = true;
+  }
+  if (argc <= 2) std::filesystem::remove_all(folder);
+  return is_known ? 0 : 78;
 }
