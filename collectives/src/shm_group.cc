@@ -12,6 +12,7 @@
 #include <ATen/ops/from_blob.h>
 
 #include <lockstep/base/error.h>
+#include <lockstep/base/memory_count.h>
 #include <lockstep/collectives/shm_group.h>
 
 #include "call_checks.h"
@@ -168,12 +169,15 @@ std::unique_ptr<ProcessGroup> make_shm_group(std::unique_ptr<ProcessGroup> contr
 
 at::Tensor empty_in(ShmMemory& memory, int64_t numel, at::TensorOptions options) {
   if (!options.device().is_cpu()) return at::empty({numel}, options);
-  auto block =
-      std::make_shared<ShmMemory::Block>(memory.allocate(numel * static_cast<int64_t>(options.dtype().itemsize())));
+  const int64_t bytes = numel * static_cast<int64_t>(options.dtype().itemsize());
+  auto block = std::make_shared<ShmMemory::Block>(memory.allocate(bytes));
   if (!*block) return at::empty({numel}, options);
   void* data = block->data();
-  return at::from_blob(
-      data, {numel}, [block = std::move(block)](void*) mutable { block.reset(); }, options);
+  auto give_back = [block = std::move(block), kind = count_taken(bytes), bytes](void*) mutable {
+    block.reset();
+    count_given_back(kind, bytes);
+  };
+  return at::from_blob(data, {numel}, std::move(give_back), options);
 }
 
 void retire(ShmChannel& channel) { keep_for_ever({}, std::move(channel.mailbox)); }

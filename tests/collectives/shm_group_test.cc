@@ -9,6 +9,7 @@
 #include <gtest/gtest.h>
 
 #include <lockstep/base/error.h>
+#include <lockstep/base/memory_count.h>
 #include <lockstep/collectives/mpi_group.h>
 #include <lockstep/collectives/shm_group.h>
 
@@ -54,6 +55,27 @@ TEST(ShmGroupTest, MoreMayBeInFlightThanThereAreSlots) {
         << "operation " << i;
   }
   works.clear();
+  world->close();
+}
+
+TEST(ShmGroupTest, MappedMemoryCountsAsOfTheKindThatWasInForce) {
+  const auto world = make_shm_group(make_mpi_world());
+  const auto bytes = [](MemoryKind kind) { return memory_in_use(kind).current_bytes; };
+  const int64_t gradients = bytes(MemoryKind::kGradients), scratch = bytes(MemoryKind::kScratch);
+  {
+    at::Tensor sum;
+    {
+      const MemoryScope memory(MemoryKind::kGradients);
+      sum = world->empty_mapped(50'003, kFloats);
+    }
+    const MemoryScope memory(MemoryKind::kScratch);
+    EXPECT_EQ(bytes(MemoryKind::kGradients), gradients + 4 * 50'003);
+    const auto part = sum.narrow(0, 1, 2);
+    sum.reset();
+    EXPECT_EQ(bytes(MemoryKind::kGradients), gradients + 4 * 50'003) << "a view keeps it";
+  }
+  EXPECT_EQ(bytes(MemoryKind::kGradients), gradients);
+  EXPECT_EQ(bytes(MemoryKind::kScratch), scratch);
   world->close();
 }
 

@@ -57,25 +57,6 @@ struct Header {
 };
 static_assert(sizeof(Header) <= kLine);
 
-thread_local MemoryKind t_kind = MemoryKind::kOther;
-
-// Bytes in use and the most there ever were, by kind, and of all blocks. What every block of every lane changes shares
-// one line, which a lane has to fetch once a block; peaks have another, that is hardly ever written.
-constexpr size_t kAll = kMemoryKinds;
-struct Gauges {
-  alignas(64) std::array<std::atomic<int64_t>, kMemoryKinds + 1> current{};
-  alignas(64) std::array<std::atomic<int64_t>, kMemoryKinds + 1> peak{};
-
-  void add(size_t which, int64_t bytes) {
-    const int64_t now = current[which].fetch_add(bytes, std::memory_order_relaxed) + bytes;
-    int64_t before = peak[which].load(std::memory_order_relaxed);
-    while (now > before && !peak[which].compare_exchange_weak(before, now, std::memory_order_relaxed)) {
-    }
-  }
-  void subtract(size_t which, int64_t bytes) { current[which].fetch_sub(bytes, std::memory_order_relaxed); }
-};
-static_assert(sizeof(Gauges) == 128);
-
 struct alignas(64) FreeList {
   std::mutex mutex;
   std::vector<void*> blocks;
@@ -88,10 +69,9 @@ class CachingAllocator : public c10::Allocator {
     const int size_class = class_of(bytes);
     if (size_class >= kClasses) throw std::bad_alloc();
     void* block = take(size_class);
-    const Header header{size_class, t_kind, static_cast<int64_t>(bytes)};
-    *static_cast<Header*>(block) = header;
-    gauges_.add(kAll, static_cast<int64_t>(bytes_of(size_class)));
-    gauges_.add(static_cast<size_t>(header.kind), header.bytes);
+    const auto wanted = static_cast<int64_t>(bytes);
+    const MemoryKind kind = count_taken(wanted, static_cast<int64_t>(bytes_of(size_class)));
+    *static_cast<Header*>(block) = {size_class, kind, wanted};
     void* data = static_cast<char*>(block) + kLine;
     return {data, data, &release, at::kCPU};
   }
@@ -99,15 +79,8 @@ class CachingAllocator : public c10::Allocator {
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 
   static CpuMemory memory() {
-    const int64_t current = gauges_.current[kAll];
-    return {current, gauges_.peak[kAll], owned_ - current};
-  }
-  static KindMemory memory(MemoryKind kind) {
-    const auto which = static_cast<size_t>(kind);
-    return {gauges_.current[which], gauges_.peak[which]};
-  }
-  static void reset_peaks() {
-    for (size_t which = 0; which <= kAll; ++which) gauges_.peak[which] = gauges_.current[which].load();
+    const auto [current, peak] = blocks_in_use();
+    return {current, peak, owned_ - current};
   }
 
  private:
@@ -135,9 +108,7 @@ class CachingAllocator : public c10::Allocator {
     if (!data) return;
     void* block = static_cast<char*>(data) - kLine;
     const Header header = *static_cast<Header*>(block);
-    const auto bytes = static_cast<int64_t>(bytes_of(header.size_class));
-    gauges_.subtract(kAll, bytes);
-    gauges_.subtract(static_cast<size_t>(header.kind), header.bytes);
+    count_given_back(header.kind, header.bytes, static_cast<int64_t>(bytes_of(header.size_class)));
     FreeList& list = lists()[header.size_class];
     const std::lock_guard lock(list.mutex);
     list.blocks.push_back(block);
@@ -148,7 +119,6 @@ class CachingAllocator : public c10::Allocator {
     return *lists;
   }
 
-  static inline Gauges gauges_;
   static inline std::atomic<int64_t> owned_{0};  // in use or kept: changes with new blocks only
 };
 
@@ -160,11 +130,8 @@ void install_cpu_allocator() {
   std::call_once(once, [] { c10::SetCPUAllocator(&allocator, /*priority=*/1); });
 }
 
-MemoryScope::MemoryScope(MemoryKind kind) : was_(t_kind) { t_kind = kind; }
-MemoryScope::~MemoryScope() { t_kind = was_; }
-
 CpuMemory cpu_memory() { return CachingAllocator::memory(); }
-KindMemory cpu_memory(MemoryKind kind) { return CachingAllocator::memory(kind); }
-void reset_peaks() { CachingAllocator::reset_peaks(); }
+MemoryInUse cpu_memory(MemoryKind kind) { return memory_in_use(kind); }
+void reset_peaks() { reset_memory_peaks(); }
 
 }  // namespace lockstep::nn

@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include <lockstep/base/memory_count.h>
+
 namespace lockstep::nn {
 
 /// Makes LibTorch take CPU memory from a cache of freed blocks: a training step frees and takes the same sizes again
@@ -16,36 +18,14 @@ struct CpuMemory {
 };
 CpuMemory cpu_memory();
 
-/// What CPU memory is for.
-enum class MemoryKind : uint8_t {
-  kOther,       ///< whatever no scope names: activations
-  kParameters,  ///< what this rank owns of them
-  kGradients,
-  kOptimizer,
-  kGathered,  ///< parameters gathered for a while
-  kBuckets,   ///< gradients on their way
-  kScratch,
-};
-inline constexpr int kMemoryKinds = 7;
+// Counted by kind too, with the mapped memory of collectives: base/memory_count.h. A storage that is resized counts
+// anew, whole, as of the kind in force.
+using lockstep::kMemoryKinds;
+using lockstep::MemoryKind;
+using lockstep::MemoryScope;
 
-/// What this thread takes in the scope is of this kind, until it is freed, whoever frees it. A storage that is resized
-/// inside counts anew, whole, as of this kind.
-class MemoryScope {
- public:
-  explicit MemoryScope(MemoryKind kind);
-  ~MemoryScope();
-  MemoryScope(const MemoryScope&) = delete;
-  MemoryScope& operator=(const MemoryScope&) = delete;
-
- private:
-  MemoryKind was_;
-};
-
-struct KindMemory {
-  int64_t current_bytes = 0;  ///< as asked for: exact sizes, where cpu_memory() counts whole blocks
-  int64_t peak_bytes = 0;
-};
-KindMemory cpu_memory(MemoryKind kind);
+/// Of one kind; bytes as asked for: exact sizes, where cpu_memory() counts whole blocks.
+MemoryInUse cpu_memory(MemoryKind kind);
 
 /// Peaks, of all and of each kind, start again from what is in use now.
 void reset_peaks();
