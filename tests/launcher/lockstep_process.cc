@@ -3,6 +3,7 @@
 #include <chrono>
 #include <csignal>
 #include <cstdlib>
+#include <filesystem>
 #include <fstream>
 #include <sstream>
 #include <stdexcept>
@@ -25,16 +26,6 @@ std::string temporary_file() {
   return path;
 }
 
-template <typename Condition>
-bool becomes_true(double seconds, Condition condition) {
-  const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
-  while (!condition()) {
-    if (std::chrono::steady_clock::now() > end) return false;
-    std::this_thread::sleep_for(std::chrono::milliseconds(10));
-  }
-  return true;
-}
-
 bool runs(pid_t pid) {
   std::ifstream file("/proc/" + std::to_string(pid) + "/stat");
   std::string line;
@@ -43,6 +34,15 @@ bool runs(pid_t pid) {
 }
 
 }  // namespace
+
+bool becomes_true(double seconds, const std::function<bool()>& condition) {
+  const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
+  while (!condition()) {
+    if (std::chrono::steady_clock::now() > end) return false;
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+  return true;
+}
 
 // Files, not pipes: a rank that outlives its launcher must not keep the test waiting for the end of its output.
 LockstepProcess::LockstepProcess(const std::vector<std::string>& words, const std::map<std::string, std::string>& env)
@@ -76,6 +76,11 @@ void LockstepProcess::send(int signal) const { ::kill(pid_, signal); }
 void LockstepProcess::kill_child() const {
   std::ifstream file("/proc/" + std::to_string(pid_) + "/task/" + std::to_string(pid_) + "/children");
   if (pid_t child = 0; file >> child) ::kill(child, SIGKILL);
+}
+
+int LockstepProcess::open_files() const {
+  const std::filesystem::directory_iterator files("/proc/" + std::to_string(pid_) + "/fd");
+  return static_cast<int>(std::distance(begin(files), end(files)));
 }
 
 int LockstepProcess::wait() {
@@ -118,6 +123,21 @@ bool are_gone(const std::vector<pid_t>& pids, double seconds) {
     }
     return true;
   });
+}
+
+std::set<std::string> listening_ports() {
+  std::set<std::string> found;
+  for (const char* table : {"/proc/net/tcp", "/proc/net/tcp6"}) {
+    std::ifstream file(table);
+    std::string line, number, here, there, state, queues, timer, retransmits;
+    std::getline(file, line);  // the heading
+    while (std::getline(file, line)) {
+      uid_t owner = 0;
+      std::istringstream(line) >> number >> here >> there >> state >> queues >> timer >> retransmits >> owner;
+      if (state == "0A" && owner == ::geteuid()) found.insert(here);
+    }
+  }
+  return found;
 }
 
 std::set<std::string> mapped_segments(const std::vector<pid_t>& pids) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <functional>
 #include <map>
 #include <optional>
 #include <set>
@@ -20,6 +21,7 @@ class LockstepProcess {
 
   void send(int signal) const;
   void kill_child() const;  ///< SIGKILL to its one child: mpirun
+  int open_files() const;   ///< how many it has
   /// Its exit code; 1000 + S for an end by signal S.
   int wait();
   std::string out() const { return text_of(out_path_); }
@@ -42,6 +44,9 @@ Ended lockstep_run(const std::vector<std::string>& words, const std::map<std::st
 std::optional<std::vector<pid_t>> wait_for_ranks(const std::string& folder, int ranks);
 /// Whether none of them runs (a zombie counts as gone) before `seconds` are over.
 bool are_gone(const std::vector<pid_t>& pids, double seconds);
+bool becomes_true(double seconds, const std::function<bool()>& condition);
+/// The TCP ports, "ADDRESS:PORT" in hexadecimal, at which processes of this user listen.
+std::set<std::string> listening_ports();
 /// The files of /dev/shm these processes have open in memory.
 std::set<std::string> mapped_segments(const std::vector<pid_t>& pids);
 

@@ -21,6 +21,7 @@ namespace {
 namespace files = std::filesystem;
 using testing::HasSubstr;
 using testing::IsEmpty;
+using testing::IsSubsetOf;
 using testing::Not;
 
 std::vector<std::string> job(int ranks, const std::string& deed, const TempDir& folder, int who, int number,
@@ -183,12 +184,14 @@ TEST(Restart, KillsLeaveNothing) {
   const int cycles = std::getenv("LOCKSTEP_DEEP") ? 100 : 20;
   const TempDir folder, temporary;
   const auto before = leftovers(temporary.path());
+  const auto ports_before = listening_ports();
   const auto words = job(3, "stay", folder, 0, 0, {"--restarts", "1"});
   for (int cycle = 0; cycle < cycles; ++cycle) {
     for (int rank = 0; rank < 3; ++rank) files::remove(folder / "pid." + std::to_string(rank));
     LockstepProcess process(words, {{"TMPDIR", temporary.path()}});
     const auto pids = wait_for_ranks(folder.path(), 3);
     ASSERT_TRUE(pids) << process.err();
+    EXPECT_THAT(listening_ports(), Not(IsSubsetOf(ports_before))) << "mpirun's, or nothing is looked at";
     const int who = cycle % 3;
     if (who == 0) process.send(SIGKILL);
     if (who == 1) process.kill_child();
@@ -202,6 +205,23 @@ TEST(Restart, KillsLeaveNothing) {
   }
   EXPECT_EQ(lockstep_run({"run", "-n", "2", "--", "/bin/true"}, {{"TMPDIR", temporary.path()}}).code, 0);
   EXPECT_EQ(leftovers(temporary.path()), before);
+  becomes_true(10, [&] { return testing::Value(listening_ports(), IsSubsetOf(ports_before)); });  // of what was killed
+  EXPECT_THAT(listening_ports(), IsSubsetOf(ports_before));
+}
+
+TEST(Restart, StartsLeaveNoOpenFilesInTheLauncher) {
+  const TempDir folder;
+  LockstepProcess process(job(2, "stay", folder, 0, 0));
+  int files_of_first = 0;
+  for (int start = 0; start < 3; ++start) {
+    const auto pids = wait_for_ranks(folder.path(), 2);
+    ASSERT_TRUE(pids) << process.err();
+    if (start == 0) files_of_first = process.open_files();
+    EXPECT_TRUE(becomes_true(5, [&] { return process.open_files() <= files_of_first; }))
+        << process.open_files() << " files in start " << start << ", " << files_of_first << " in the first";
+    for (int rank = 0; rank < 2; ++rank) files::remove(folder / "pid." + std::to_string(rank));
+    ::kill(pids->back(), SIGKILL);
+  }
 }
 
 class HostsTest : public testing::Test {
