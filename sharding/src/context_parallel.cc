@@ -24,10 +24,14 @@ struct KeptContext : torch::CustomClassHolder {
 class Hop {
  public:
   Hop(at::Tensor outgoing, int tag, const ContextParallel& cp)
-      : incoming_(at::empty_like(outgoing)), received_(cp.group->recv(incoming_, before(cp), tag, cp.timeout)) {
+      : track_(cp.track),
+        incoming_(at::empty_like(outgoing)),
+        received_(cp.group->recv(incoming_, before(cp), tag, cp.timeout)) {
     sent_ = cp.group->send(std::move(outgoing), after(cp), tag, cp.timeout);
   }
   at::Tensor wait() {
+    const metrics::TraceSpan span(track_, "wait for ring attention", "collective",
+                                  {"bytes", static_cast<int64_t>(incoming_.nbytes())});
     received_.wait();
     sent_.wait();
     return incoming_;
@@ -37,6 +41,7 @@ class Hop {
   static int before(const ContextParallel& cp) { return (cp.rank() + cp.size() - 1) % cp.size(); }
   static int after(const ContextParallel& cp) { return (cp.rank() + 1) % cp.size(); }
 
+  metrics::TraceTrack track_;
   at::Tensor incoming_;
   Work received_, sent_;
 };

@@ -25,6 +25,8 @@ at::Tensor exchanged(const at::Tensor& rows, std::vector<int64_t> send, std::vec
   at::Tensor received = at::empty({count, width}, rows.options().requires_grad(false));
   for (int64_t& rows_of_rank : send) rows_of_rank *= width;  // from here on elements
   for (int64_t& rows_of_rank : receive) rows_of_rank *= width;
+  const metrics::TraceSpan span(ep.track, "exchange tokens of experts", "collective",
+                                {"bytes", static_cast<int64_t>(received.nbytes())});
   ep.group->all_to_all(received, rows.contiguous(), receive, send, ep.timeout).wait();
   return received;
 }

@@ -28,10 +28,18 @@ TensorParallel kept(AutogradContext* ctx) {
   return c10::static_intrusive_pointer_cast<KeptParallel>(ctx->saved_data["tp"].toCapsule())->tp;
 }
 
-at::Tensor sum(const at::Tensor& x, const TensorParallel& tp) { return sum_over_ranks(*tp.group, x, tp.timeout); }
+metrics::TraceSpan span(const char* name, const at::Tensor& x, const TensorParallel& tp) {
+  return {tp.track, name, "collective", {"bytes", static_cast<int64_t>(x.nbytes())}};
+}
+
+at::Tensor sum(const at::Tensor& x, const TensorParallel& tp) {
+  const auto traced = span("tensor-parallel sum", x, tp);
+  return sum_over_ranks(*tp.group, x, tp.timeout);
+}
 
 // [B, T/t, C] of each rank -> [B, T, C].
 at::Tensor gathered(const at::Tensor& x, const TensorParallel& tp) {
+  const auto traced = span("sequence-parallel gather", x, tp);
   return gather_ranks(*tp.group, x, tp.timeout).transpose(0, 1).flatten(1, 2);  // [t, B, T/t, C] from the ranks
 }
 
@@ -49,6 +57,7 @@ at::Tensor by_rank(const at::Tensor& x, const TensorParallel& tp) {
 }
 
 at::Tensor summed_tokens(const at::Tensor& x, const TensorParallel& tp) {
+  const auto traced = span("sequence-parallel sum", x, tp);
   return sum_scattered(*tp.group, by_rank(x, tp), tp.timeout);
 }
 

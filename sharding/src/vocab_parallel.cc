@@ -71,8 +71,13 @@ class VocabLoss {
     }
     statistics[2].masked_fill_(is_mine.logical_not(), 0);
 
-    const at::Tensor all = gather_ranks(*tp_.group, statistics, tp_.timeout),  // [t, 3, count]
-        most = all.select(1, 0).amax(0), scale = (all.select(1, 0) - most).exp_();
+    at::Tensor all;  // [t, 3, count]
+    {
+      const metrics::TraceSpan span(tp_.track, "vocabulary-parallel gather", "collective",
+                                    {"bytes", static_cast<int64_t>(statistics.nbytes())});
+      all = gather_ranks(*tp_.group, statistics, tp_.timeout);
+    }
+    const at::Tensor most = all.select(1, 0).amax(0), scale = (all.select(1, 0) - most).exp_();
     at::Tensor sum = at::zeros_like(most), right = at::zeros_like(most);
     for (int64_t rank = 0; rank < all.size(0); ++rank) {
       sum.addcmul_(all[rank][1], scale[rank]);

@@ -1,4 +1,6 @@
 // Functions and layers of the tensor axis against one rank.
+#include <array>
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <torch/nn/module.h>
@@ -200,6 +202,21 @@ std::string refusal(const std::function<void()>& what) {
     return error.what();
   }
   return "no ConfigError";
+}
+
+TEST(TensorParallelTraceTest, ExchangesHaveSpansWithTheirBytes) {
+  run_local_ranks(2, [](ProcessGroup& group) {
+    metrics::Trace trace(/*capacity_events=*/16);
+    trace.start();
+    const TensorParallel tp{.group = &group, .sequence_parallel = true, .track = {&trace, "compute"}};
+    reduce_from(normal({1, 4, 8}, 1), tp);
+    gather_sequence(normal({1, 2, 8}, 2), tp);
+    const std::array<std::string, 1> bytes{trace.take_bytes()};
+    const std::string text = metrics::chrome_trace(bytes);
+    EXPECT_THAT(text, HasSubstr("tensor-parallel sum"));
+    EXPECT_THAT(text, HasSubstr("sequence-parallel gather"));
+    EXPECT_THAT(text, HasSubstr("\"bytes\": 128"));
+  });
 }
 
 TEST(SplitHeadsTest, GroupsOfQueryHeadsStayWithTheirKeys) {

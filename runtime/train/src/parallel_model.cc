@@ -92,13 +92,13 @@ ParallelModel::ParallelModel(const Mesh& mesh, at::Device device, Task& task, co
       task_(task),
       options_(options),
       lanes_(lanes),
-      parallel_{{&mesh.tensor(), options.sequence_parallel, options.runtime.collective_timeout},
-                {&mesh.context(), options.runtime.collective_timeout},
-                {mesh.experts(), options.runtime.collective_timeout}},
       tracks_{lane_tracks(trace, lanes.size()),
               {trace, "gradient collectives"},
               {trace, "parameter gathers"},
-              {trace, "optimizer"}} {
+              {trace, "optimizer"}},
+      parallel_{{&mesh.tensor(), options.sequence_parallel, options.runtime.collective_timeout, tracks_.lanes[0]},
+                {&mesh.context(), options.runtime.collective_timeout, tracks_.lanes[0]},
+                {mesh.experts(), options.runtime.collective_timeout, tracks_.lanes[0]}} {
   build();
   build_sync();
   build_optimizer();

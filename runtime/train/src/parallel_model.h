@@ -111,12 +111,12 @@ class ParallelModel {
   Task& task_;
   const Options& options_;
   LanePool& lanes_;
-  ModelParallel parallel_;
   struct Tracks {
     std::vector<metrics::TraceTrack> lanes;
     metrics::TraceTrack collectives, gathers, optimizer;
   };
   const Tracks tracks_;
+  ModelParallel parallel_;
 
   std::vector<std::shared_ptr<torch::nn::Module>> models_;  // by lane; parameters share lane 0's storage
   std::vector<std::unique_ptr<Runner>> runners_;            // by lane

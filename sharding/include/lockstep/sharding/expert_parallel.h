@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <lockstep/collectives/process_group.h>
+#include <lockstep/metrics/trace.h>
 
 namespace lockstep {
 
@@ -18,6 +19,7 @@ namespace lockstep {
 struct ExpertParallel {
   ProcessGroup* group = nullptr;
   Milliseconds timeout = ProcessGroup::kDefaultTimeout;
+  metrics::TraceTrack track{};  ///< has a span for each exchange
 
   int size() const { return group ? group->size() : 1; }
   int rank() const { return group ? group->rank() : 0; }

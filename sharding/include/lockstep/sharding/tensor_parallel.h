@@ -3,6 +3,7 @@
 #include <torch/nn/module.h>
 
 #include <lockstep/collectives/process_group.h>
+#include <lockstep/metrics/trace.h>
 #include <lockstep/sharding/parameter_placement.h>
 
 namespace lockstep {
@@ -22,6 +23,7 @@ struct TensorParallel {
   ProcessGroup* group = nullptr;
   bool sequence_parallel = false;
   Milliseconds timeout = ProcessGroup::kDefaultTimeout;
+  metrics::TraceTrack track{};  ///< has a span for each exchange
 
   int size() const { return group ? group->size() : 1; }
   int rank() const { return group ? group->rank() : 0; }
