@@ -105,6 +105,10 @@ void add_step(Exposition& out, const RunFacts& facts, const RunFigures& now) {
     out.gauge("trained_" + unit + "_per_second", "Speed of the last step.", static_cast<double>(last.count) / seconds);
   }
   out.gauge("memory_bytes", "Resident memory of rank 0.", last.memory_bytes);
+  if (last.straggler_rank < 0) return;
+  out.gauge("straggler_ratio", "Longest compute time of a rank in the last 20 steps over that of the median rank.",
+            last.straggler_ratio);
+  out.gauge("straggler_rank", "The rank that computed longest.", last.straggler_rank);
 }
 
 void add_step_seconds(Exposition& out, const RunFigures& now) {

@@ -1,6 +1,8 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
+#include <span>
 #include <vector>
 
 #include <lockstep/base/exact_sum.h>
@@ -18,6 +20,7 @@ struct StepReport {
   int32_t stop = 0;     ///< a signal asked for the end
   int32_t writing = 0;  ///< its storage is at work for a checkpoint
   int32_t save = 0;     ///< it is time for a checkpoint
+  double busy = 0;      ///< part of its last 20 steps that this rank waited for nobody; 0: not known. Not merged
 
   void merge(const StepReport& other) {
     squares.merge(other.squares);
@@ -33,6 +36,16 @@ struct StepReport {
 
 /// All ranks' reports merged: equal to the bit on every rank and for any number of ranks.
 /// @param digests  travel in the same message: in this rank's, as many on every rank; out everybody's, in rank order.
-StepReport exchange(ProcessGroup& group, const StepReport& mine, std::vector<uint64_t>* digests = nullptr);
+/// @param busy     out: everybody's StepReport::busy, in rank order.
+StepReport exchange(ProcessGroup& group, const StepReport& mine, std::vector<uint64_t>* digests = nullptr,
+                    std::vector<double>* busy = nullptr);
+
+/// The rank that computes longest, against the median one. Shares of a step's time will do: steps take all ranks alike.
+struct SlowestRank {
+  int rank = 0;
+  double ratio = 1;
+};
+/// @return nullopt where one is not known, or there are no two.
+std::optional<SlowestRank> slowest_rank(std::span<const double> busy);
 
 }  // namespace lockstep::train

@@ -38,9 +38,17 @@ namespace {
 
 constexpr int kMaxSkippedInARow = 3;
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+constexpr uint64_t kTimedSteps = 20;  // in a ring's sums of times
 
 using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+// Ticks cancel out, so ranks of machines with other clocks compare.
+double busy_share(flight::Ring* ring) {
+  if (ring == nullptr || ring->header().timed_steps.load(std::memory_order_relaxed) < kTimedSteps) return 0;
+  const auto wall = static_cast<double>(ring->header().wall.load(std::memory_order_relaxed));
+  return static_cast<double>(ring->header().compute.load(std::memory_order_relaxed)) / wall;
+}
 
 class Trainer {
  public:
@@ -344,19 +352,21 @@ void Trainer::step() {
   StepReport report = model_.compute(step_, step_count_, batches_);
   report.stop = stop_requested();
   report.writing = store_->is_writing();
+  report.busy = busy_share(world_.flight_ring());
   report.save = is_chief() && !store_->is_saving() && save_interval_.is_due_by_clock();
   const double divisor = static_cast<double>(step_count_);
   report.count = prefetch();
   const double local_squares = is_planted(Plant::kClipOfLocalNorm) ? report.squares.value() : 0;
   const int64_t bucket = replicas_ ? replicas_->bucket_of(step_) : 0;
   std::vector<uint64_t> digests;
+  std::vector<double> busy;
   if (replicas_) {
     const metrics::TraceSpan hash_span(track_, "replica digest", "step");
     digests = replicas_->digests(bucket);
   }
   {
     const metrics::TraceSpan exchange_span(track_, "exchange", "step");
-    report = exchange(world_, report, &digests);
+    report = exchange(world_, report, &digests, is_chief() ? &busy : nullptr);
   }
   if (replicas_) check_replicas(bucket, digests);
 
@@ -373,7 +383,8 @@ void Trainer::step() {
                    .step = step_ + 1});
     ++step_;
     result_.loss = loss;
-    if (is_chief())
+    if (is_chief()) {
+      const auto slowest = slowest_rank(busy);
       watch_->step({.step = step_,
                     .loss = loss,
                     .grad_norm = grad_norm,
@@ -381,7 +392,10 @@ void Trainer::step() {
                     .accuracy = report.has_correct ? report.correct.value() / divisor : kNan,
                     .count = step_count_,
                     .seconds = seconds_since(start),
-                    .memory_bytes = resident_bytes()});
+                    .memory_bytes = resident_bytes(),
+                    .straggler_rank = slowest ? slowest->rank : -1,
+                    .straggler_ratio = slowest ? slowest->ratio : kNan});
+    }
   }
   step_count_ = report.count;
   save_is_due_ = report.save != 0;

@@ -192,6 +192,20 @@ TEST(ExpositionTest, UnitsAndVersionsOfAnySpellingMakeALawfulPage) {
   EXPECT_EQ(exposition_samples(plain.exposition()).at("lockstep_trained_samples_total"), 16);
 }
 
+TEST(ExpositionTest, TheSlowestRankIsShownOnceItIsKnown) {
+  RunMeter meter(facts());
+  StepFigures figures = step(101, 0.1);
+  meter.step(figures);
+  EXPECT_THAT(meter.exposition(), Not(HasSubstr("straggler")));
+  figures.straggler_rank = 3;
+  figures.straggler_ratio = 1.5;
+  meter.step(figures);
+  EXPECT_THAT(exposition_problems(meter.exposition()), IsEmpty());
+  const auto samples = exposition_samples(meter.exposition());
+  EXPECT_EQ(samples.at("lockstep_straggler_rank"), 3);
+  EXPECT_EQ(samples.at("lockstep_straggler_ratio"), 1.5);
+}
+
 TEST(ExpositionTest, TasksThatCountRightAnswersShowTheirShare) {
   RunMeter meter(facts());
   StepFigures figures = step(101, 0.1);

@@ -125,6 +125,31 @@ TEST_P(ExchangeTest, EveryRankSeesTheSameWhateverTheSplit) {
   });
 }
 
+TEST_P(ExchangeTest, EveryRanksShareOfWorkArrives) {
+  run_local_ranks(GetParam(), [&](ProcessGroup& group) {
+    StepReport mine;
+    mine.busy = 0.5 + group.rank();
+    std::vector<uint64_t> digests = {7};
+    std::vector<double> busy;
+    exchange(group, mine, &digests, &busy);
+    ASSERT_EQ(busy.size(), static_cast<size_t>(group.size()));
+    for (int rank = 0; rank < group.size(); ++rank) EXPECT_EQ(busy[static_cast<size_t>(rank)], 0.5 + rank);
+  });
+}
+
+TEST(SlowestRankTest, IsComparedWithTheMedianOnceAllAreKnown) {
+  const auto slowest = [](const std::vector<double>& busy) { return slowest_rank(busy); };
+  EXPECT_FALSE(slowest({0.5}));
+  EXPECT_FALSE(slowest({0.5, 0, 0.9})) << "one is not known";
+  const auto of_three = slowest({0.5, 0.25, 0.75});
+  ASSERT_TRUE(of_three);
+  EXPECT_EQ(of_three->rank, 2);
+  EXPECT_EQ(of_three->ratio, 1.5);
+  EXPECT_EQ(slowest({0.75, 0.25})->rank, 0);
+  EXPECT_EQ(slowest({0.75, 0.25})->ratio, 3) << "of two the faster is the measure";
+  EXPECT_EQ(slowest({0.5, 0.5, 0.5, 0.5})->ratio, 1);
+}
+
 TEST_P(ExchangeTest, OneRanksInfinityIsEverybodys) {
   run_local_ranks(GetParam(), [&](ProcessGroup& group) {
     StepReport mine;

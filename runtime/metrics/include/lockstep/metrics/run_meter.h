@@ -33,7 +33,9 @@ struct StepFigures {
   double accuracy = std::numeric_limits<double>::quiet_NaN();  ///< nan: the task counts no right answers
   int64_t count = 0;                                           ///< of RunFacts::count_unit
   double seconds = 0;
-  int64_t memory_bytes = 0;  ///< resident, of this process
+  int64_t memory_bytes = 0;     ///< resident, of this process
+  int64_t straggler_rank = -1;  ///< the rank that computed longest in the last 20 steps; -1: not known
+  double straggler_ratio = 1;   ///< its compute time over the median rank's
 };
 
 /// A finished save, durable or failed.
