@@ -27,8 +27,8 @@ stage "thread sanitizer" sanitizer tsan sanitized
 stage "all tests" ctest --test-dir build/release -j "$jobs" --output-on-failure --no-tests=error --output-log "$logs/release.log" -V -Q
 tail -n 30 "$logs/release.log" | grep -E "tests passed|Test time|FAILED|Failed" || true
 
-# GoogleTest prints "[  SKIPPED ] Name" after the reason; scripts print "SKIPPED: name: reason".
-grep -hE "SKIPPED: " "$logs"/*.log | sed 's/^[0-9]*: //' | sort -u > "$logs/skipped" || true
+# GoogleTest prints "[  SKIPPED ] Name" after the reason; scripts and CMake print "SKIPPED: name: reason".
+grep -hE "SKIPPED: " "$logs"/*.log | sed 's/^[0-9]*: //; s/^-- //' | sort -u > "$logs/skipped" || true
 grep -hB1 -E "\[  SKIPPED \] .*\(" "$logs/release.log" | sed 's/^[0-9]*: //' | grep -v '^--' | paste - - | sort -u >> "$logs/skipped" || true
 # Tests that were not even built.
 if [ -e build/release-configure.log ]; then sed -n 's/^-- CUDA plug-in: left out/SKIPPED: collectives_nccl, collectives_nccl_double: left out/p' build/release-configure.log >> "$logs/skipped"; fi
