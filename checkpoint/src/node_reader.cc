@@ -20,11 +20,13 @@ constexpr uint64_t kWindowBytes = 64 << 20;  // read by a rank before parts are 
 
 }  // namespace
 
-NodeReader::NodeReader(const format::Reader& reader, ProcessGroup& node, std::vector<int> world_ranks, int threads)
+NodeReader::NodeReader(const format::Reader& reader, ProcessGroup& node, std::vector<int> world_ranks, int threads,
+                       Milliseconds timeout)
     : reader_(reader),
       node_(node),
       world_ranks_(std::move(world_ranks)),
       threads_(threads),
+      timeout_(timeout),
       incoming_(world_ranks_.size()) {}
 
 void NodeReader::want(const StateTensor& tensor, std::span<std::byte> target) {
@@ -114,7 +116,7 @@ void NodeReader::exchange_parts() {
   const at::Tensor out = at::empty({total_sent}, at::kByte), in = at::empty({total_received}, at::kByte);
   auto* next_out = static_cast<std::byte*>(out.data_ptr());
   for (const auto& bytes : outgoing) next_out = std::copy(bytes.begin(), bytes.end(), next_out);
-  node_.all_to_all(in, out, receives, sends).wait();
+  node_.all_to_all(in, out, receives, sends, timeout_).wait();
   const auto* next_in = static_cast<const std::byte*>(in.const_data_ptr());
   for (const auto& places : incoming_) {
     for (const auto& place : places) {

@@ -22,7 +22,9 @@ class NodeReader {
  public:
   /// @param world_ranks  of each rank of `node`, in its order: the index into ShardLayout::boxes.
   /// @param threads  that read at once on this rank.
-  NodeReader(const format::Reader& reader, ProcessGroup& node, std::vector<int> world_ranks, int threads);
+  /// @param timeout  for waiting at the slowest rank's storage, each time that parts are exchanged.
+  NodeReader(const format::Reader& reader, ProcessGroup& node, std::vector<int> world_ranks, int threads,
+             Milliseconds timeout);
 
   /// @param target  memory of this rank's box, which stays where it is and holds rubbish until finish().
   void want(const StateTensor& tensor, std::span<std::byte> target);
@@ -53,6 +55,7 @@ class NodeReader {
   ProcessGroup& node_;
   const std::vector<int> world_ranks_;
   const int threads_;
+  const Milliseconds timeout_;
   size_t turn_ = 0;  // whose it is to read the next chunk
   // The window: what is read before the parts are exchanged. All ranks close it at the same chunk.
   uint64_t window_bytes_ = 0;

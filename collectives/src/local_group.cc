@@ -322,7 +322,9 @@ std::unique_ptr<ProcessGroup> LocalGroup::split(int color, int key, const std::s
   if (shared_->aborted) throw CollectiveError("group " + shared_->name + " was aborted before it was split");
   auto& child = shared_->children[{number, color}];
   if (!child) child = std::make_shared<Shared>(static_cast<int>(members.size()), name);
-  return std::make_unique<LocalGroup>(child, static_cast<int>(place));
+  auto part = std::make_unique<LocalGroup>(child, static_cast<int>(place));
+  part->set_control_timeout(control_timeout());
+  return part;
 }
 
 }  // namespace

@@ -196,7 +196,9 @@ class MpiGroup : public ProcessGroup {
     refuse_if_broken("split");
     MPI_Comm part = MPI_COMM_NULL;
     check_mpi(MPI_Comm_split(comm_.get(), color, key, &part), "splitting " + name_ + " into " + name);
-    return std::make_unique<MpiGroup>(UniqueMpiComm(part), name, options_);
+    auto group = std::make_unique<MpiGroup>(UniqueMpiComm(part), name, options_);
+    group->set_control_timeout(control_timeout());
+    return group;
   }
 
   void close() override { *broken_ ? void(comm_.release()) : comm_.reset(); }

@@ -43,7 +43,7 @@ std::string all_gather_bytes(ProcessGroup& group, std::span<const std::byte> val
   const auto n = static_cast<int64_t>(value.size());
   at::Tensor mine = at::empty({n}, at::kByte), all = at::empty({n * group.size()}, at::kByte);
   if (n > 0) std::memcpy(mine.mutable_data_ptr<uint8_t>(), value.data(), value.size());
-  group.all_gather(all, mine).wait();
+  group.all_gather(all, mine, group.control_timeout()).wait();
   return {reinterpret_cast<const char*>(all.const_data_ptr<uint8_t>()), static_cast<size_t>(all.numel())};
 }
 
@@ -55,7 +55,7 @@ std::vector<std::string> all_gather_text(ProcessGroup& group, const std::string&
   at::Tensor bytes = at::empty({mine}, at::kByte);
   if (mine > 0) std::memcpy(bytes.mutable_data_ptr<uint8_t>(), text.data(), text.size());
   at::Tensor all = at::empty({std::accumulate(counts.begin(), counts.end(), int64_t{0})}, at::kByte);
-  group.all_gather_uneven(all, bytes, counts).wait();
+  group.all_gather_uneven(all, bytes, counts, group.control_timeout()).wait();
   std::vector<std::string> texts;
   const auto* next = reinterpret_cast<const char*>(all.const_data_ptr<uint8_t>());
   for (const int64_t count : counts) {

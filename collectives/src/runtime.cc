@@ -82,6 +82,7 @@ std::unique_ptr<ProcessGroup> make_nccl_world(const RankInfo& info, const Runtim
 // The ranks of a CPU run under MPI.
 std::unique_ptr<ProcessGroup> make_cpu_world(const RankInfo& info, const RuntimeOptions& options) {
   auto world = make_mpi_world();
+  world->set_control_timeout(options.collective_timeout);  // before it is made the base of others
   if (options.backend == "mpi") return world;
   const std::vector<int> nodes = node_of_ranks(*world);
   const CpuBackend backend = choose_cpu_backend(options, nodes);
@@ -92,7 +93,9 @@ std::unique_ptr<ProcessGroup> make_cpu_world(const RankInfo& info, const Runtime
   } catch (const ConfigError& error) {  // thrown on all ranks alike
     if (options.backend == "shm") throw;
     LOG_IF(WARNING, info.rank == 0) << "without shared memory: " << error.what();
-    return make_mpi_world();
+    auto plain = make_mpi_world();
+    plain->set_control_timeout(options.collective_timeout);
+    return plain;
   }
 }
 

@@ -42,7 +42,9 @@ std::vector<T> all_gather_values(ProcessGroup& group, const T& mine) {
 class ShmGroup : public ProcessGroup {
  public:
   ShmGroup(std::unique_ptr<ProcessGroup> control, std::shared_ptr<ShmMemory> memory, ShmOptions options)
-      : control_(std::move(control)), channel_(make_shm_channel(std::move(memory), *control_, options)) {}
+      : control_(std::move(control)), channel_(make_shm_channel(std::move(memory), *control_, options)) {
+    set_control_timeout(control_->control_timeout());
+  }
 
   int rank() const override { return channel_->rank; }
   int size() const override { return channel_->size; }
@@ -110,7 +112,9 @@ class ShmGroup : public ProcessGroup {
 
   std::unique_ptr<ProcessGroup> split(int color, int key, const std::string& name) override {
     channel_->refuse_if_broken("split");
-    return std::make_unique<ShmGroup>(control_->split(color, key, name), channel_->memory, channel_->options);
+    auto part = std::make_unique<ShmGroup>(control_->split(color, key, name), channel_->memory, channel_->options);
+    part->set_control_timeout(control_timeout());
+    return part;
   }
 
   void close() override {

@@ -224,7 +224,9 @@ std::function<void()> folding(const at::Tensor& rows, const at::Tensor& out, Red
 
 class TwoLevelGroup : public ProcessGroup {
  public:
-  explicit TwoLevelGroup(std::shared_ptr<TwoLevel> shared) : shared_(std::move(shared)) {}
+  explicit TwoLevelGroup(std::shared_ptr<TwoLevel> shared) : shared_(std::move(shared)) {
+    set_control_timeout(shared_->world->control_timeout());
+  }
 
   int rank() const override { return shared_->rank(); }
   int size() const override { return shared_->size(); }
@@ -399,6 +401,7 @@ std::unique_ptr<ProcessGroup> make_levels(std::unique_ptr<ProcessGroup> world, s
 std::unique_ptr<ProcessGroup> TwoLevelGroup::split(int color, int key, const std::string& name) {
   refuse_if_broken("split");
   auto part = shared_->world->split(color, key, name);
+  part->set_control_timeout(control_timeout());
   const int mine = shared_->nodes[rank()];
   const std::string all = all_gather_bytes(*part, std::as_bytes(std::span(&mine, 1)));
   std::vector<int> nodes(part->size());

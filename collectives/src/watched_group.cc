@@ -101,7 +101,9 @@ class WatchedShown : public Shown {
 class WatchedGroup : public ProcessGroup {
  public:
   WatchedGroup(std::unique_ptr<ProcessGroup> inner, std::shared_ptr<Ring> ring, std::unique_ptr<Ring::Group> group)
-      : ring_(std::move(ring)), group_(std::move(group)), inner_(std::move(inner)) {}
+      : ring_(std::move(ring)), group_(std::move(group)), inner_(std::move(inner)) {
+    set_control_timeout(inner_->control_timeout());
+  }
 
   int rank() const override { return inner_->rank(); }
   int size() const override { return inner_->size(); }
@@ -163,6 +165,7 @@ class WatchedGroup : public ProcessGroup {
   std::unique_ptr<ProcessGroup> split(int color, int key, const std::string& name) override {
     Blocking call(*ring_, *group_, {.op = Op::kSplit});
     std::unique_ptr<ProcessGroup> child = inner_->split(color, key, name);
+    child->set_control_timeout(control_timeout());
     std::vector<int32_t> members(static_cast<size_t>(child->size()), ring_->header().rank);
     if (child->size() > 1) {
       const std::string all = all_gather_bytes(*child, std::as_bytes(std::span(members.data(), 1)));

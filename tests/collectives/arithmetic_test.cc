@@ -64,5 +64,17 @@ TEST(ArithmeticTest, TheRecordTellsWhatDecidesBits) {
   }
 }
 
+TEST(ArithmeticTest, RanksThatComputeOtherwiseAreNamedWithBothValues) {
+  const std::string plain = arithmetic_facts(1);
+  EXPECT_EQ(arithmetic_differences({"a", "b", "a"}, {plain, plain, plain}), "");
+  ::setenv("MKL_CBWR", "AVX2", 1);
+  const std::string other = arithmetic_facts(2);
+  ::unsetenv("MKL_CBWR");
+  const std::string text = arithmetic_differences({"a", "b", "c", "d"}, {plain, plain, other, other});
+  EXPECT_THAT(text, testing::AllOf(HasSubstr("rank 0 (host a)"), HasSubstr("rank 2 (host c) and 1 more"),
+                                   HasSubstr("rank 3 (host d)"), HasSubstr("MKL_CBWR: AVX2 against not set"),
+                                   HasSubstr("threads: 2 against 1"), Not(HasSubstr("torch")), Not(HasSubstr("cpu"))));
+}
+
 }  // namespace
 }  // namespace lockstep

@@ -316,6 +316,17 @@ TEST_P(ProcessGroupTest, NobodyLeavesABarrierBeforeTheLastHasCome) {
   });
 }
 
+TEST_P(ProcessGroupTest, PartsOfAGroupWaitForControlDataAsLongAsItDoes) {
+  run([](ProcessGroup& group) {
+    group.set_control_timeout(Milliseconds(123'456));
+    const auto part = group.split(group.rank() % 2, group.rank(), "half"), all = part->split(0, part->rank(), "all");
+    EXPECT_EQ(part->control_timeout(), Milliseconds(123'456));
+    EXPECT_EQ(all->control_timeout(), Milliseconds(123'456));
+    all->close();
+    part->close();
+  });
+}
+
 TEST_P(ProcessGroupTest, AllGatherBytesKeepsEveryByteAndRankOrder) {
   run([](ProcessGroup& group) {
     for (const size_t size : {0, 1, 5, 300}) {
@@ -436,6 +447,11 @@ TEST_P(ProcessGroupTest, OneThatStaysAwayIsATimeoutThatNamesOperationAndGroup) {
       {"broadcast", [&](ProcessGroup& g) { g.broadcast(vector(5), 0, kSoon).wait(); }},
       {"recv", [&](ProcessGroup& g) { g.recv(vector(5), 0, 1, kSoon).wait(); }},
       {"barrier", [&](ProcessGroup& g) { g.barrier(kSoon); }},
+      {"all_gather",
+       [&](ProcessGroup& g) {
+         g.set_control_timeout(kSoon);
+         all_gather_text(g, "some text");
+       }},
       {"show", [&](ProcessGroup& g) { g.show({vector(5)}, kSoon)->wait(); }},
   };
   run([&](ProcessGroup& group) {

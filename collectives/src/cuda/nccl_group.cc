@@ -140,6 +140,7 @@ class NcclGroup : public ProcessGroup {
         timeout_(world.timeout),
         torch_(std::move(torch)),
         watch_interval_(watch_interval) {
+    set_control_timeout(timeout_);
     const DeviceGuard guard(device_);
     int low = 0, high = 0;
     check_cuda(cudaDeviceGetStreamPriorityRange(&low, &high), "asking for stream priorities");
@@ -235,7 +236,9 @@ class NcclGroup : public ProcessGroup {
     const Task task{where() + "splitting " + this->name() + " into " + name, timeout_};
     auto part = comm_->split(color, key, name, task);
     const NcclWorld world{part->rank(task), part->size(task), device_, timeout_, nullptr};
-    return std::make_unique<NcclGroup>(std::move(part), world, torch_, watch_interval_);
+    auto group = std::make_unique<NcclGroup>(std::move(part), world, torch_, watch_interval_);
+    group->set_control_timeout(control_timeout());
+    return group;
   }
 
   void close() override {

@@ -2,13 +2,13 @@
 //
 // LibTorch has one default generator for all threads of a process. A dispatch key for extensions outside LibTorch's
 // tree, included on this thread, puts a kernel of ours in front of each operator that takes a generator: where the
-// caller gave none, the thread's own is handed on. Operators without one are not touched, nor slowed down.
+// caller gave none, the thread's own is handed on. Operators without one are not touched, nor slowed down. On a GPU
+// some fused ones never ask; there one thread computes, so that the default generator can be seeded (library_seed).
 #include <algorithm>
-#include <mutex>
+#include <memory>
 #include <utility>
-#include <vector>
 
-#include <ATen/Context.h>
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
@@ -25,31 +25,21 @@ thread_local bool t_has_scope = false;
 
 }  // namespace
 
-// One device's generator, made by the first that draws in a scope.
 struct StepScope::Stream {
   at::Generator generator;
-  uint64_t part;
+  uint64_t part;  // that it was last seeded for
 };
 
 namespace {
 
-thread_local std::vector<StepScope::Stream> t_streams;
+thread_local std::unique_ptr<StepScope::Stream> t_stream;  // made by the first that draws in a scope
 
-const at::Generator& generator_for(at::Device device) {
-  auto stream = t_streams.begin();
-  while (stream != t_streams.end() && stream->generator.device().type() != device.type()) ++stream;
-  const bool is_new = stream == t_streams.end();
-  if (is_new) {
-    at::Generator shared = at::globalContext().defaultGenerator(device);
-    const std::lock_guard lock(shared.mutex());
-    stream = t_streams.insert(stream, {shared.clone(), t_key.part});
-  }
-  if (is_new || stream->part != t_key.part) {
-    stream->part = t_key.part;
-    stream->generator.set_current_seed(
-        stream_key(stream_key(t_key.seed, t_key.step, t_key.leaf, t_key.part), "LibTorch"));
-  }
-  return stream->generator;
+const at::Generator& own_generator() {
+  const bool is_new = !t_stream;
+  if (is_new) t_stream.reset(new StepScope::Stream{at::detail::createCPUGenerator(), t_key.part});
+  if (is_new || t_stream->part != t_key.part) t_stream->generator.set_current_seed(library_seed(t_key));
+  t_stream->part = t_key.part;
+  return t_stream->generator;
 }
 
 bool is_generator(const c10::Argument& argument) {
@@ -64,10 +54,8 @@ void draw(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::S
   for (size_t i = 0; i < arguments.size() && !tensor; ++i) {
     if (values[i].isTensor() && values[i].toTensor().defined()) tensor = &values[i].toTensor();
   }
-  if (t_has_scope && tensor && (tensor->is_cpu() || tensor->is_cuda())) {
-    for (size_t i = 0; i < arguments.size(); ++i) {
-      if (is_generator(arguments[i]) && values[i].isNone()) values[i] = generator_for(tensor->device());
-    }
+  for (size_t i = 0; i < arguments.size() && t_has_scope && tensor && tensor->is_cpu(); ++i) {
+    if (is_generator(arguments[i]) && values[i].isNone()) values[i] = own_generator();
   }
   op.redispatchBoxed(keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kKey), stack);
 }
@@ -94,14 +82,18 @@ const bool g_is_registered = [] {
 StepScope::StepScope(StepKey key)
     : was_(std::exchange(t_key, key)),
       had_scope_(std::exchange(t_has_scope, true)),
-      streams_were_(std::exchange(t_streams, {})),
+      stream_was_(std::exchange(t_stream, nullptr)),
       draws_(kKey) {}
 StepScope::~StepScope() {
   t_key = was_;
   t_has_scope = had_scope_;
-  t_streams = std::move(streams_were_);
+  t_stream = std::move(stream_was_);
 }
 StepKey step_key() { return t_key; }
+
+uint64_t library_seed(const StepKey& key) {
+  return stream_key(stream_key(key.seed, key.step, key.leaf, key.part), "LibTorch");
+}
 
 void begin_part(uint64_t part) { t_key.part = part; }
 

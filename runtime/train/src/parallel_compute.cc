@@ -1,9 +1,11 @@
 // ParallelModel's computing half: micro-batches through lanes, or through this rank's stage of a pipeline.
 #include <atomic>
 #include <map>
+#include <mutex>
 #include <numeric>
 #include <optional>
 
+#include <ATen/Context.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <torch/autograd.h>
@@ -87,6 +89,11 @@ struct ParallelModel::Scope {
         autocast(model.device_.type(), model.options_.precision == "bf16") {
     // Weights that come and go have no place where a copy could be known by.
     if (model.options_.zero_stage < 3) share_casts.emplace();
+    if (!model.device_.is_cpu()) {
+      at::Generator generator = at::globalContext().defaultGenerator(model.device_);
+      const std::lock_guard lock(generator.mutex());
+      generator.set_current_seed(nn::library_seed(nn::step_key()));
+    }
   }
   nn::StepScope key;
   nn::AutocastGuard autocast;

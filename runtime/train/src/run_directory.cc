@@ -56,7 +56,7 @@ void prepare_run_directory(Fs& fs, ProcessGroup& world, const std::string& run_d
       throw ConfigError("--run_dir=" + run_dir + " can be written by every user. Mend: chmod o-w " + run_dir);
     }
   }
-  world.barrier();
+  world.barrier(world.control_timeout());
 }
 
 RunHistory read_history(Fs& fs, const std::string& run_dir) {

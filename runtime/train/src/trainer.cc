@@ -1,8 +1,11 @@
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <cstring>
 #include <filesystem>
 #include <limits>
+
+#include <unistd.h>
 
 #include <nlohmann/json.hpp>
 #include <torch/nn/module.h>
@@ -76,6 +79,7 @@ class Trainer {
   int num_lanes();
   void build_data();
   void open_run();
+  void compare_arithmetic();
   void take_run();
   void watch_replicas();
   void resume(const std::string& began_with);
@@ -123,9 +127,10 @@ class Trainer {
   std::optional<ReplicaWatch> replicas_;  // where something has a replica
   std::unique_ptr<Heartbeat> heartbeat_;
   std::string config_;
-  std::string resumed_path_;  // by --resume=PATH
-  std::string changed_;       // since the checkpoint that was resumed: configuration and machine
-  uint64_t epoch_ = 0;        // fencing: of this start
+  std::string resumed_path_;          // by --resume=PATH
+  std::string changed_;               // since the checkpoint that was resumed: configuration and machine
+  std::string different_arithmetic_;  // of ranks of this start
+  uint64_t epoch_ = 0;                // fencing: of this start
 
   std::vector<data::Batch> batches_, next_batches_;
   int64_t step_ = 0;        // updates finished
@@ -170,6 +175,7 @@ void Trainer::open_run() {
   prepare_run_directory(fs_, world_, options_.run_dir, options_.share == "group" ? Share::kGroup : Share::kNone);
   if (is_chief() || std::string_view(world_.backend()) != "local")  // ranks that are threads share one log
     start_logging("lockstep", world_.rank(), world_.size(), options_.run_dir + "/logs");
+  compare_arithmetic();
   epoch_ = checkpoint::acquire_epoch(
       fs_, world_, options_.run_dir,
       format::Starter{.take_over = options_.take_over, .job_id = options_.job_id, .job_start = options_.job_start});
@@ -199,6 +205,20 @@ void Trainer::open_run() {
   take_run();
 }
 
+void Trainer::compare_arithmetic() {
+  std::array<char, 256> host{};
+  ::gethostname(host.data(), host.size() - 1);
+  const auto facts = all_gather_text(world_, arithmetic_facts(options_.threads_per_rank));
+  different_arithmetic_ = arithmetic_differences(all_gather_text(world_, host.data()), facts);
+  if (!different_arithmetic_.empty() && is_chief()) {
+    LOG(WARNING)
+        << "not all ranks compute alike:" << different_arithmetic_
+        << "\nSo bits depend on which rank computes what: another layout, or a restart on other hosts, ends with "
+           "other weights than this one. Mend: hosts of one kind, or, at some speed, ATEN_CPU_CAPABILITY=avx2 "
+           "MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 in the environment of every rank";
+  }
+}
+
 // Loading takes long, so another start may own the run by now. Whoever does puts its files in place of those before,
 // all written by then: nothing of two starts comes between.
 void Trainer::take_run() {
@@ -216,6 +236,7 @@ void Trainer::take_run() {
                                    {"training_data", training_->fingerprint()}};
   if (!resumed_path_.empty()) record["from"] = resumed_path_;
   if (!changed_.empty()) record["changed"] = changed_;
+  if (!different_arithmetic_.empty()) record["different_arithmetic"] = different_arithmetic_;
   Replacement run_record(fs_, options_.run_dir + "/run.json", epoch_, record.dump(2) + "\n");
   watch_ = std::make_unique<Watch>(fs_, options_,
                                    metrics::RunFacts{.count_unit = task_.count_unit(),
@@ -583,6 +604,7 @@ void Trainer::sign_off() {
 
 Result train(ProcessGroup& world, at::Device device, Task& task, const Options& options, Fs& fs) {
   const PhaseScope phase(world, flight::Phase::kLoading);
+  world.set_control_timeout(options.runtime.collective_timeout);  // before it is split
   return Trainer(world, device, task, options, fs).run();
 }
 

@@ -82,6 +82,10 @@ class ProcessGroup {
   virtual const std::string& name() const = 0;  ///< e.g. "world", "data"; in every error message
   virtual const char* backend() const = 0;      ///< "local", "shm", "two_level", "mpi", "nccl"
 
+  /// How long control data is waited for (all_gather_bytes, all_gather_text). Groups split from this one begin with it.
+  Milliseconds control_timeout() const { return control_timeout_; }
+  void set_control_timeout(Milliseconds timeout) { control_timeout_ = timeout; }
+
   /// Replaces `tensor` by the elementwise sum (max, min) over all ranks, in the back end's own order (`fast`).
   /// For bits that do not depend on the layout use ordered_reduction.h.
   /// Cost: 2(p-1)/p x bytes sent a rank (ring). Source: Patarasuk & Yuan, JPDC 69(2), 2009,
@@ -122,9 +126,13 @@ class ProcessGroup {
   virtual void close() = 0;
   /// Gives up at once, without the peers; what is in flight fails. Any thread.
   virtual void abort() noexcept = 0;
+
+ private:
+  Milliseconds control_timeout_ = kDefaultTimeout;
 };
 
-/// Gathers each rank's `value` (trivially copyable) in rank order. A small, blocking convenience for control data.
+/// Gathers each rank's `value` (trivially copyable) in rank order. A small, blocking convenience for control data, which
+/// waits for the group's control_timeout().
 std::string all_gather_bytes(ProcessGroup& group, std::span<const std::byte> value);
 /// Gathers texts of any length, in rank order. For setting up.
 std::vector<std::string> all_gather_text(ProcessGroup& group, const std::string& text);

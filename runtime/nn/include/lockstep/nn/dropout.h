@@ -1,7 +1,7 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
+#include <memory>
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -18,9 +18,9 @@ struct StepKey {
 
 /// Sets this thread's key for the scope. The Trainer does so around each micro-batch's forward.
 ///
-/// Inside, LibTorch's random operators (torch::nn::Dropout, torch::rand, ...) follow the key too: where they are given
-/// no generator, they draw from one of this scope and the key's part instead of the process's default one, which all
-/// threads share. An inner scope starts anew; after it this one's numbers go on.
+/// Inside, LibTorch's random operators on CPU tensors (torch::nn::Dropout, torch::rand, ...) follow the key too: where
+/// they are given no generator, they draw from one of this scope and the key's part instead of the process's default
+/// one, which all threads share. An inner scope starts anew; after it this one's numbers go on.
 /// Cost: nothing until something draws; then a generator of 2.5 KB, seeded (1 us) for each part that draws.
 class StepScope {
  public:
@@ -34,7 +34,7 @@ class StepScope {
  private:
   StepKey was_;
   bool had_scope_;
-  std::vector<Stream> streams_were_;
+  std::unique_ptr<Stream> stream_was_;
   c10::impl::IncludeDispatchKeyGuard draws_;
 };
 
@@ -43,6 +43,8 @@ StepKey step_key();
 /// From here on another part of the forward runs on this thread. Units and the layers of a stack begin one each, so
 /// that what they draw depends neither on how the model is cut nor on whether they run a second time.
 void begin_part(uint64_t part);
+/// What a generator of LibTorch's is seeded with for a key and its part.
+uint64_t library_seed(const StepKey& key);
 
 /// Zeroes elements with probability p and scales the rest by 1 / (1 - p); element i of layer `layer` has its own random
 /// number. p = 0 or not training: x itself.
