@@ -131,8 +131,8 @@ class ProcessGroup {
   Milliseconds control_timeout_ = kDefaultTimeout;
 };
 
-/// Gathers each rank's `value` (trivially copyable) in rank order. A small, blocking convenience for control data, which
-/// waits for the group's control_timeout().
+/// Gathers each rank's `value` (trivially copyable) in rank order. A small, blocking convenience for control data,
+/// which waits for the group's control_timeout().
 std::string all_gather_bytes(ProcessGroup& group, std::span<const std::byte> value);
 /// Gathers texts of any length, in rank order. For setting up.
 std::vector<std::string> all_gather_text(ProcessGroup& group, const std::string& text);
