@@ -109,7 +109,7 @@ Verdict Store::read(const std::string& path, const std::vector<StateTensor>& sta
   const format::Manifest& manifest = reader->manifest();
   if (reader->is_foreign() && world_.rank() == 0) {
     LOG(WARNING) << "'" << path << "' belongs to " << reader->owner_name() << ": step " << manifest.step << ", epoch "
-                 << manifest.epoch << ", digest of its MANIFEST " << reader->manifest_digest();
+                 << manifest.epoch << ", SHA-256 of its MANIFEST " << reader->manifest_sha256();
   }
   if (const std::string text = difference(manifest, wanted); !text.empty()) {
     throw ConfigError("the model does not fit the checkpoint '" + path + "':" + text +

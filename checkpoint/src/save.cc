@@ -129,6 +129,7 @@ std::optional<SaveResult> Store::advance_save() {
   const bool chief = world_.rank() == 0;
   if (verdict.outcome == Outcome::kDone && !save_->has_shards) {
     save_->has_shards = true;
+    if (options_.sha256) save_->all_sha256 = all_gather_text(world_, save_->sha256);
     save_->part = start_part(chief ? save_->how : std::launch::deferred, save_->storage_seconds,
                              [this, chief, save = save_.get()] {
                                if (chief) commit(*save);
@@ -211,8 +212,9 @@ void Store::take_boxes(Save& save) {
 void Store::write_own_shard(Save& save) {
   if (world_.rank() == 0) fs_.sync_directory(checkpoints());
   if (save.boxes.empty()) return;
-  format::write_shard(fs_, save.directory + "/" + format::shard_name(world_.rank(), world_.size()), save.boxes,
-                      [&](uint64_t done, uint64_t) { save.written_bytes = done; });
+  format::write_shard(
+      fs_, save.directory + "/" + format::shard_name(world_.rank(), world_.size()), save.boxes,
+      [&](uint64_t done, uint64_t) { save.written_bytes = done; }, options_.sha256 ? &save.sha256 : nullptr);
   fs_.sync_directory(save.directory);
 }
 
@@ -234,6 +236,7 @@ void Store::commit(const Save& save) {
       // Opened afresh, so that on NFS we see what the other host's close has published.
       const std::string name = format::shard_name(planned.owner, world_.size());
       manifest.files.push_back(format::describe_shard(fs_, save.directory, name));
+      if (options_.sha256) manifest.files.back().sha256 = save.all_sha256[planned.owner];
     }
     auto& stored = manifest.tensors[format::tensor_key(tensor.section, tensor.layout.name)];
     stored.dtype = tensor.layout.dtype;

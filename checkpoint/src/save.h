@@ -25,6 +25,8 @@ struct Store::Save {
   std::vector<at::Tensor> host;            // keeps copies of GPU tensors alive
   std::vector<format::BoxToWrite> boxes;   // of this rank
   std::atomic<uint64_t> written_bytes{0};  // of them
+  std::string sha256;                      // of this rank's shard, where asked for
+  std::vector<std::string> all_sha256;     // of all ranks' shards
   bool is_slow = false;                    // has been said
 
   std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();

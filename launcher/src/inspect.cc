@@ -3,6 +3,7 @@
 #include <nlohmann/json.hpp>
 
 #include <lockstep/base/error.h>
+#include <lockstep/format/checksum.h>
 #include <lockstep/format/reader.h>
 
 #include "verbs.h"
@@ -17,6 +18,9 @@ const std::vector<Arguments::Flag> kInspectFlags = {
     {"no_digests", nullptr, "read the manifest only: milliseconds, whatever the size"},
 };
 const std::vector<Arguments::Flag> kVerifyFlags = {
+    {"expect_sha256", "HEX",
+     "SHA-256 that MANIFEST must have (inspect and verify show it), with one of every shard in it (training: "
+     "--checkpoint_sha256): no byte is another than when that was noted"},
     {"json", nullptr, "one JSON object instead of lines"},
 };
 
@@ -48,6 +52,7 @@ int inspect(const Arguments& arguments) {
                  {"bytes", bytes},
                  {"owner", reader.owner_name()},
                  {"manifest_digest", reader.manifest_digest()},
+                 {"manifest_sha256", reader.manifest_sha256()},
                  {"config", Json::parse(manifest.config_json)},
                  {"record", Json::parse(manifest.record_json)},
                  {"data", manifest.data_fingerprint}};
@@ -59,7 +64,7 @@ int inspect(const Arguments& arguments) {
   std::cout << path << "\nstep " << manifest.step << ", epoch " << manifest.epoch << ", saved by "
             << manifest.world_size << " ranks, " << manifest.files.size() << " files, " << bytes << " bytes\n";
   std::cout << "manifest  " << reader.manifest_digest() << (reader.is_foreign() ? ", of " + reader.owner_name() : "")
-            << "\n";
+            << "\nsha256    " << reader.manifest_sha256() << "\n";
   const Json config = Json::parse(manifest.config_json);  // named: items() only refers to it
   for (const auto& [name, value] : config.items()) std::cout << "  " << name << " = " << value << "\n";
   for (const auto& [key, tensor] : manifest.tensors) {
@@ -71,13 +76,23 @@ int inspect(const Arguments& arguments) {
   return 0;
 }
 
+std::string expected_sha256(const Arguments& arguments) {
+  const auto given = arguments.find("expect_sha256");
+  if (given && !format::is_sha256(*given))
+    throw ConfigError("--expect_sha256=" + *given + " is no SHA-256. Mend: 64 hex digits, in lower case");
+  return given.value_or("");
+}
+
 int verify(const Arguments& arguments) {
+  format::Authenticity authenticity{.expected = expected_sha256(arguments)};
   const std::string path = one_path(arguments, kVerify.usage);
-  const auto problems = format::verify(real_fs(), path, &show_progress);
+  const auto problems = format::verify(real_fs(), path, &show_progress, 0, &authenticity);
   if (arguments.has("json")) {
-    std::cout << Json{{"path", path}, {"good", problems.empty()}, {"problems", problems}}.dump(2) << "\n";
+    const Json json = {
+        {"path", path}, {"good", problems.empty()}, {"manifest_sha256", authenticity.found}, {"problems", problems}};
+    std::cout << json.dump(2) << "\n";
   } else if (problems.empty()) {
-    std::cout << path << ": every byte is good\n";
+    std::cout << path << ": every byte is good; MANIFEST has the SHA-256 " << authenticity.found << "\n";
   } else {
     for (const std::string& problem : problems) std::cout << problem << "\n";
   }
@@ -88,7 +103,7 @@ int verify(const Arguments& arguments) {
 
 const Verb kInspect = {"inspect", "inspect CHECKPOINT|RUN [--json] [--no_digests]",
                        "Shows what a checkpoint holds; of a run, its newest durable one.", &kInspectFlags, &inspect};
-const Verb kVerify = {"verify", "verify CHECKPOINT|RUN [--json]",
+const Verb kVerify = {"verify", "verify CHECKPOINT|RUN [--json] [--expect_sha256 HEX]",
                       "Reads every byte of a checkpoint against its checksums; exit code 65 names what is bad.",
                       &kVerifyFlags, &verify};
 

@@ -78,7 +78,7 @@ TEST(ForeignCheckpointTest, EndsTheLoadUntilAPersonTrustsItAndThenSaysWhoseItIs)
     EXPECT_FALSE(std::filesystem::exists(newest + "/" + format::kQuarantineName)) << "it is not damaged";
     const test::LogCatcher warnings(google::GLOG_WARNING);
     EXPECT_EQ(load(run.path(), /*trust_foreign=*/true, path).step, 20);
-    const std::string digest = format::Reader(real_fs(), newest, format::Trust::kAny).manifest_digest();
+    const std::string digest = format::Reader(real_fs(), newest, format::Trust::kAny).manifest_sha256();
     EXPECT_THAT(warnings.text(), AllOf(HasSubstr("(uid 65534)"), HasSubstr("epoch 7"), HasSubstr(digest)));
   }
 }

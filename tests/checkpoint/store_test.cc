@@ -86,6 +86,25 @@ TEST_P(WorldTest, OnlyTheLastOnesAreKeptAndOthersLeaveNothing) {
   EXPECT_THAT(names_in(run.path() + "/checkpoints"), ElementsAre("step-00000004.e0001", "step-00000005.e0001"));
 }
 
+TEST_P(WorldTest, TheManifestVouchesForEveryShardWhereThatIsAskedFor) {
+  for (const bool asked : {true, false}) {
+    const TempDir run;
+    run_local_ranks(GetParam(), [&](ProcessGroup& group) {
+      Store store(real_fs(), group, {.run_dir = run.path(), .sha256 = asked});
+      EXPECT_TRUE(store.save(progress_at(1), make_state(Cut::kRows, group.size(), group.rank(), 1)));
+      EXPECT_TRUE(store.start_save(progress_at(2), make_state(Cut::kReplicatedRows, group.size(), group.rank(), 2)));
+      while (!store.advance_save()) {
+      }
+    });
+    for (const int64_t step : {1, 2}) {
+      const std::string path = run.path() + "/checkpoints/" + format::directory_name(step, 1);
+      format::Authenticity authenticity{.expected = format::Reader(real_fs(), path).manifest_sha256()};
+      const auto problems = format::verify(real_fs(), path, {}, 1, &authenticity);
+      EXPECT_EQ(problems.empty(), asked) << "step " << step << ": " << testing::PrintToString(problems);
+    }
+  }
+}
+
 TEST_P(WorldTest, ADamagedNewestIsQuarantinedAndTheOneBeforeIsLoaded) {
   const TempDir run;
   save_as(run.path(), GetParam(), Cut::kRows, 1, 1);

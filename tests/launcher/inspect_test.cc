@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
+#include <lockstep/format/checksum.h>
 #include <lockstep/format/reader.h>
 
 #include "../checkpoint/format/written_checkpoint.h"
@@ -22,9 +23,11 @@ class InspectTest : public testing::Test {
   void SetUp() override {
     make_directories(real_fs(), checkpoint_);
     const Box upper{{0, 0}, {3, 5}}, lower{{3, 0}, {4, 5}};
-    format::write_checkpoint(checkpoint_, {{"layer.weight", "F32", {7, 5}, {upper, lower}},
-                                           {"bias", "BF16", {13}, {Box::whole({13})}},
-                                           {"exp_avg:bias", "F32", {13}, {Box::whole({13})}}});
+    format::write_checkpoint(checkpoint_,
+                             {{"layer.weight", "F32", {7, 5}, {upper, lower}},
+                              {"bias", "BF16", {13}, {Box::whole({13})}},
+                              {"exp_avg:bias", "F32", {13}, {Box::whole({13})}}},
+                             0, with_sha256_);
   }
   std::string shard(int64_t file) const { return checkpoint_ + "/" + format::shard_name(file, 2); }
   void damage_last_byte() const {  // of the second file: the lower part of layer.weight
@@ -35,6 +38,7 @@ class InspectTest : public testing::Test {
     file.put(static_cast<char>(byte ^ 1));
   }
 
+  bool with_sha256_ = false;
   TempDir run_;
   std::string checkpoint_ = run_ / "checkpoints/" + format::directory_name(1, 1);
 };
@@ -87,6 +91,50 @@ TEST_F(InspectTest, VerifyNamesFileTensorAndChunkOfABadByte) {
     EXPECT_EQ(ended.code, 65) << ended.out;
     for (const char* word : {"shard-00002", "layer.weight", "chunk"}) EXPECT_THAT(ended.out, HasSubstr(word));
   }
+}
+
+class AuthenticityTest : public InspectTest {
+ protected:
+  AuthenticityTest() { with_sha256_ = true; }
+  Ended verify(const std::string& hex) const { return lockstep_run({"verify", "--expect_sha256", hex, run_.path()}); }
+  std::string shown() const {  // by inspect: what a person notes
+    const auto json = nlohmann::json::parse(lockstep_run({"inspect", "--json", "--no_digests", checkpoint_}).out);
+    return json.at("manifest_sha256");
+  }
+};
+
+TEST_F(AuthenticityTest, TheSumThatInspectAndVerifyShowIsTheOneThatIsExpected) {
+  const std::string hex = shown();
+  EXPECT_EQ(hex, format::sha256(format::slurp(checkpoint_ + "/" + format::kManifestName)));
+  EXPECT_THAT(lockstep_run({"inspect", "--no_digests", checkpoint_}).out, HasSubstr("sha256    " + hex));
+  EXPECT_THAT(lockstep_run({"verify", checkpoint_}).out, HasSubstr(hex));
+  EXPECT_THAT(lockstep_run({"verify", "--json", checkpoint_}).out, HasSubstr("\"manifest_sha256\": \"" + hex + "\""));
+  const Ended good = verify(hex);
+  EXPECT_EQ(good.code, 0) << good.out << good.err;
+}
+
+TEST_F(AuthenticityTest, AnotherOneIsRefusedAndWhatIsNoneIsAMistake) {
+  std::string hex = shown();
+  hex[0] = hex[0] == '0' ? '1' : '0';
+  const Ended other = verify(hex);
+  EXPECT_EQ(other.code, 65);
+  EXPECT_THAT(other.out, HasSubstr("has the SHA-256 " + shown() + ", expected was " + hex));
+  EXPECT_EQ(verify("abc").code, 78);
+  EXPECT_EQ(verify("").code, 78);
+}
+
+TEST_F(AuthenticityTest, AForgedShardIsNamed) {
+  damage_last_byte();
+  const Ended ended = verify(shown());
+  EXPECT_EQ(ended.code, 65);
+  EXPECT_THAT(ended.out, testing::AllOf(HasSubstr("shard-00002"), HasSubstr("has the SHA-256"), HasSubstr("chunk")));
+}
+
+TEST_F(InspectTest, WithoutSumsNothingVouchesForTheShards) {
+  const std::string hex = format::sha256(format::slurp(checkpoint_ + "/" + format::kManifestName));
+  const Ended ended = lockstep_run({"verify", "--expect_sha256=" + hex, checkpoint_});
+  EXPECT_EQ(ended.code, 65);
+  EXPECT_THAT(ended.out, testing::AllOf(HasSubstr("has no SHA-256"), HasSubstr("--checkpoint_sha256")));
 }
 
 TEST_F(InspectTest, VerifyMissesAFileThatIsGone) {

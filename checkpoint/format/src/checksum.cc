@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include <isa-l/crc.h>
+#include <sodium.h>
 
 #define XXH_INLINE_ALL
 #include <xxhash.h>
@@ -61,5 +62,34 @@ void Digester::FreeState::operator()(State* state) const noexcept { XXH3_freeSta
 void Digester::add(std::span<const std::byte> bytes) { XXH3_128bits_update(&state_->hash, bytes.data(), bytes.size()); }
 
 std::string Digester::hex() const { return hex32(XXH3_128bits_digest(&state_->hash)); }
+
+struct Sha256::State {
+  crypto_hash_sha256_state hash;
+};
+
+Sha256::Sha256() : state_(std::make_unique<State>()) { crypto_hash_sha256_init(&state_->hash); }
+
+Sha256::~Sha256() = default;
+
+void Sha256::add(std::span<const std::byte> bytes) {
+  crypto_hash_sha256_update(&state_->hash, reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
+}
+
+std::string Sha256::hex() {
+  std::array<unsigned char, crypto_hash_sha256_BYTES> sum{};
+  crypto_hash_sha256_final(&state_->hash, sum.data());
+  std::array<char, 2 * sum.size() + 1> text{};
+  return sodium_bin2hex(text.data(), text.size(), sum.data(), sum.size());
+}
+
+std::string sha256(const std::string& text) {
+  Sha256 sum;
+  sum.add(std::as_bytes(std::span(text.data(), text.size())));
+  return sum.hex();
+}
+
+bool is_sha256(std::string_view text) {
+  return text.size() == 64 && text.find_first_not_of("0123456789abcdef") == std::string_view::npos;
+}
 
 }  // namespace lockstep::format

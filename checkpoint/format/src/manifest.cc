@@ -52,6 +52,7 @@ StoredFile parse_file(JsonReader& json) {
   std::optional<std::string> name;
   std::optional<int64_t> bytes;
   std::optional<uint32_t> header_crc;
+  std::string sha256;
   json.enter_object();
   while (const auto key = json.next_key()) {
     if (*key == "name") {
@@ -62,13 +63,17 @@ StoredFile parse_file(JsonReader& json) {
     } else if (*key == "header_crc32c") {
       header_crc = parse_hex8(json.read_text());
       if (!header_crc) json.fail("is a bad checksum");
+    } else if (*key == "sha256") {
+      sha256 = json.read_text().substr(0, kMaxWordBytes);
+      if (!is_sha256(sha256)) json.fail("is no SHA-256");
     }
   }
   json.require(name.has_value(), "name");
   json.require(bytes.has_value(), "bytes");
   json.require(header_crc.has_value(), "header_crc32c");
   json.charge_block(name->size());
-  return {*name, static_cast<uint64_t>(*bytes), *header_crc};
+  if (!sha256.empty()) json.charge_block(sha256.size());
+  return {*name, static_cast<uint64_t>(*bytes), *header_crc, sha256};
 }
 
 std::vector<StoredFile> parse_files(JsonReader& json) {
@@ -224,8 +229,10 @@ bool is_file_name(const std::string& name) {
 
 std::string encode_manifest(const Manifest& manifest) {
   Json files = Json::array(), tensors = Json::object();
-  for (const StoredFile& file : manifest.files)
+  for (const StoredFile& file : manifest.files) {
     files.push_back({{"name", file.name}, {"bytes", file.bytes}, {"header_crc32c", hex8(file.header_crc)}});
+    if (!file.sha256.empty()) files.back()["sha256"] = file.sha256;
+  }
   for (const auto& [key, tensor] : manifest.tensors) {
     Json boxes = Json::array();
     for (const StoredBox& stored : tensor.boxes)

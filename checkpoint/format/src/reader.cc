@@ -56,6 +56,7 @@ Reader::Reader(Fs& fs, const std::string& path, Trust trust) : path_(path), trus
   const auto folder = fs.open_folder(path);
   const std::string text = read_all(*open_trusted(*folder, kManifestName), file_path(kManifestName), kMaxManifestBytes);
   manifest_digest_ = digest(text);
+  manifest_sha256_ = sha256(text);
   manifest_ = parse_manifest(text, file_path(kManifestName));
   for (const StoredFile& stored : manifest_.files) open_shard(*folder, stored);
   check_boxes();
@@ -215,6 +216,21 @@ std::string Reader::tensor_digest(const std::string& key) const {
   std::vector<std::byte> bytes(static_cast<size_t>(whole.numel() * item_bytes(tensor.dtype)));
   read(key, whole, bytes);
   return digest(bytes);
+}
+
+void Reader::verify_sha256(size_t file) const {
+  const StoredFile& stored = manifest_.files[file];
+  std::vector<std::byte> buffer(std::min(kPieceBytes, stored.bytes));
+  Sha256 sum;
+  for (uint64_t done = 0; done < stored.bytes; done += buffer.size()) {
+    const auto piece = std::span(buffer).first(std::min<uint64_t>(buffer.size(), stored.bytes - done));
+    shards_[file].file->read_at(done, piece);
+    sum.add(piece);
+  }
+  if (const std::string found = sum.hex(); found != stored.sha256) {
+    throw CorruptData("'" + file_path(stored.name) + "' has the SHA-256 " + found + ", the manifest says " +
+                      stored.sha256);
+  }
 }
 
 void Reader::verify_tensor(const std::string& key) const {

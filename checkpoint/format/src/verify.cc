@@ -18,32 +18,50 @@ uint64_t bytes_of(const StoredTensor& tensor) {
   return static_cast<uint64_t>(Box::whole(tensor.shape).numel() * item_bytes(tensor.dtype));
 }
 
-// Calls `work(key)` once for every tensor, from several threads; it must not throw.
-void for_each_tensor(const Manifest& manifest, int threads, const ProgressCallback& progress,
-                     const std::function<void(const std::string&)>& work) {
-  std::vector<std::pair<const std::string*, uint64_t>> tensors;
+// What one thread does alone; it must not throw.
+struct Part {
+  uint64_t bytes = 0;
+  std::function<void()> work;
+};
+
+void run_all(std::vector<Part> parts, int threads, const ProgressCallback& progress) {
   uint64_t total = 0;
-  for (const auto& [key, tensor] : manifest.tensors) {
-    tensors.emplace_back(&key, bytes_of(tensor));
-    total += tensors.back().second;
-  }
+  for (const Part& part : parts) total += part.bytes;
   // Large ones first, so that no thread is left alone with a large one at the end.
-  std::stable_sort(tensors.begin(), tensors.end(), [](const auto& a, const auto& b) { return a.second > b.second; });
+  std::stable_sort(parts.begin(), parts.end(), [](const auto& a, const auto& b) { return a.bytes > b.bytes; });
   std::atomic<size_t> next{0};
   std::mutex mutex;
   uint64_t done = 0;
-  const auto take_tensors = [&] {
-    for (size_t i = next++; i < tensors.size(); i = next++) {
-      work(*tensors[i].first);
+  const auto take_parts = [&] {
+    for (size_t i = next++; i < parts.size(); i = next++) {
+      parts[i].work();
       const std::lock_guard lock(mutex);
-      done += tensors[i].second;
+      done += parts[i].bytes;
       if (progress) progress(done, total);
     }
   };
   if (threads <= 0) threads = static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1U, 8U));
   std::vector<std::jthread> pool;
-  for (int i = 1; i < std::min<int>(threads, static_cast<int>(tensors.size())); ++i) pool.emplace_back(take_tensors);
-  take_tensors();
+  for (int i = 1; i < std::min<int>(threads, static_cast<int>(parts.size())); ++i) pool.emplace_back(take_parts);
+  take_parts();
+}
+
+// Empty when the manifest is the one that was expected, and vouches for every shard.
+std::string doubt(const Reader& reader, const std::string& expected) {
+  const std::string manifest = "'" + reader.path() + "/" + kManifestName + "'";
+  if (reader.manifest_sha256() != expected) {
+    return manifest + " has the SHA-256 " + reader.manifest_sha256() + ", expected was " + expected +
+           ": it is another checkpoint, or somebody changed it";
+  }
+  for (const StoredFile& file : reader.manifest().files) {
+    if (file.sha256.empty()) {
+      return manifest + " has no SHA-256 of '" + file.name +
+             "', so nothing vouches for that. Mend: train with --checkpoint_sha256; without --expect_sha256 its CRCs "
+             "are "
+             "checked";
+    }
+  }
+  return "";
 }
 
 }  // namespace
@@ -52,7 +70,7 @@ CheckpointDigests compute_digests(const Reader& reader, const ProgressCallback& 
   CheckpointDigests digests;
   std::mutex mutex;
   std::exception_ptr failure;
-  for_each_tensor(reader.manifest(), threads, progress, [&](const std::string& key) {
+  const auto take_digest = [&](const std::string& key) {
     try {
       const std::string value = reader.tensor_digest(key);
       const std::lock_guard lock(mutex);
@@ -61,7 +79,11 @@ CheckpointDigests compute_digests(const Reader& reader, const ProgressCallback& 
       const std::lock_guard lock(mutex);
       failure = std::current_exception();
     }
-  });
+  };
+  std::vector<Part> parts;
+  for (const auto& [key, tensor] : reader.manifest().tensors)
+    parts.push_back({bytes_of(tensor), [&, &key = key] { take_digest(key); }});
+  run_all(std::move(parts), threads, progress);
   if (failure) std::rethrow_exception(failure);
   std::string weights, optimizer;
   for (const auto& [key, tensor] : reader.manifest().tensors) {  // a map: key order
@@ -79,24 +101,40 @@ bool is_damage(const IoError& error) {
   return std::find(kNoSuchFile.begin(), kNoSuchFile.end(), error.error_number()) != kNoSuchFile.end();
 }
 
-std::vector<std::string> verify(Fs& fs, const std::string& path, const ProgressCallback& progress, int threads) {
+std::vector<std::string> verify(Fs& fs, const std::string& path, const ProgressCallback& progress, int threads,
+                                Authenticity* authenticity) {
   std::vector<std::string> problems;
   std::exception_ptr no_answer;
   std::mutex mutex;
+  const auto note = [&](const std::function<void()>& check) {
+    try {
+      check();
+    } catch (const IoError& error) {
+      const std::lock_guard lock(mutex);
+      if (!is_damage(error)) no_answer = std::current_exception();
+      problems.emplace_back(error.what());
+    } catch (const std::exception& error) {
+      const std::lock_guard lock(mutex);
+      problems.emplace_back(error.what());
+    }
+  };
   try {
     const Reader reader(fs, path, Trust::kAny);
-    for_each_tensor(reader.manifest(), threads, progress, [&](const std::string& key) {
-      try {
-        reader.verify_tensor(key);
-      } catch (const IoError& error) {
-        const std::lock_guard lock(mutex);
-        if (!is_damage(error)) no_answer = std::current_exception();
-        problems.emplace_back(error.what());
-      } catch (const std::exception& error) {
-        const std::lock_guard lock(mutex);
-        problems.emplace_back(error.what());
-      }
-    });
+    const Manifest& manifest = reader.manifest();
+    if (authenticity != nullptr) {
+      authenticity->found = reader.manifest_sha256();
+      const std::string reason = authenticity->expected.empty() ? "" : doubt(reader, authenticity->expected);
+      if (!reason.empty()) return {reason};
+    }
+    std::vector<Part> parts;
+    for (const auto& [key, tensor] : manifest.tensors) {
+      parts.push_back({bytes_of(tensor), [&, &key = key] { note([&] { reader.verify_tensor(key); }); }});
+    }
+    for (size_t file = 0; file < manifest.files.size(); ++file) {
+      if (manifest.files[file].sha256.empty()) continue;
+      parts.push_back({manifest.files[file].bytes, [&, file] { note([&] { reader.verify_sha256(file); }); }});
+    }
+    run_all(std::move(parts), threads, progress);
   } catch (const IoError& error) {
     if (!is_damage(error)) throw;
     problems.emplace_back(error.what());

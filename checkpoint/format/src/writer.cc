@@ -47,7 +47,7 @@ void ShardWriter::append(std::span<const std::byte> bytes) {
   }
 }
 
-void ShardWriter::finish() {
+std::string ShardWriter::finish() {
   LOCKSTEP_CHECK(position_ == data_bytes_)
       << "'" << path_ << "' got " << position_ << " bytes of data, its tensors have " << data_bytes_;
   const std::string text = header();
@@ -55,10 +55,11 @@ void ShardWriter::finish() {
   file_->write_at(0, std::as_bytes(std::span(text.data(), text.size())));
   file_->sync();
   file_->close();
+  return text;
 }
 
 void write_shard(Fs& fs, const std::string& path, const std::vector<BoxToWrite>& boxes,
-                 const ProgressCallback& progress) {
+                 const ProgressCallback& progress, std::string* sha256) {
   uint64_t done = 0, total = 0;
   for (const BoxToWrite& box : boxes) {
     LOCKSTEP_CHECK(box.bytes.size() == static_cast<uint64_t>(box.box.numel() * item_bytes(box.dtype)))
@@ -74,7 +75,12 @@ void write_shard(Fs& fs, const std::string& path, const std::vector<BoxToWrite>&
       if (progress) progress(done, total);
     }
   }
-  writer.finish();
+  const std::string head = writer.finish();
+  if (sha256 == nullptr) return;
+  Sha256 sum;  // after the writing: the header, which comes first, is made last
+  sum.add(std::as_bytes(std::span(head.data(), head.size())));
+  for (const BoxToWrite& box : boxes) sum.add(box.bytes);
+  *sha256 = sum.hex();
 }
 
 StoredFile describe_shard(Fs& fs, const std::string& directory, const std::string& name) {

@@ -62,6 +62,9 @@ DEFINE_bool(
     asynchronous_save, true,
     "write checkpoints while training goes on, from a copy as large as a rank's part of the state; the last one of "
     "a run is waited for");
+DEFINE_bool(checkpoint_sha256, false,
+            "put the SHA-256 of each shard into a checkpoint's manifest, for lockstep verify --expect_sha256; made in "
+            "the background, 3 s of a core a GB");
 DEFINE_int64(keep_checkpoints, 3, "checkpoints kept, at least 2");
 DEFINE_int64(keep_every_steps, 0, "checkpoints of steps that this divides are kept for good, beside those; 0: none");
 DEFINE_double(save_timeout_s, 1800, "seconds a rank waits for the slowest rank's storage before the run gives up");
@@ -70,7 +73,7 @@ DEFINE_string(init_from, "", "checkpoint to take weights from, at step 0");
 DEFINE_string(accept_config_change, "", "comma-separated configuration keys that may differ from the checkpoint's");
 DEFINE_bool(take_over, false, "take the run directory from a start that still looks alive");
 DEFINE_bool(trust_foreign_checkpoint, false,
-            "load checkpoints whose files belong to another user; their owner, epoch and digest are logged");
+            "load checkpoints whose files belong to another user; their owner, epoch and SHA-256 are logged");
 DEFINE_string(share, "none",
               "none | group: whether the run directory's group may read what this run writes from now on");
 DEFINE_int64(eval_interval_steps, 250, "steps between evaluations; 0: only after the last step");
@@ -168,6 +171,7 @@ Options options_from_flags() {
   options.mean_time_between_failures_h = FLAGS_mean_time_between_failures_h;
   options.checkpoint_initial = FLAGS_checkpoint_initial;
   options.asynchronous_save = FLAGS_asynchronous_save;
+  options.checkpoint_sha256 = FLAGS_checkpoint_sha256;
   options.keep_checkpoints = FLAGS_keep_checkpoints;
   options.keep_every_steps = FLAGS_keep_every_steps;
   options.save_timeout = Milliseconds(static_cast<int64_t>(FLAGS_save_timeout_s * 1000));

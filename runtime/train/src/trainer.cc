@@ -189,6 +189,7 @@ void Trainer::open_run() {
                                                                    .timeout = options_.save_timeout,
                                                                    .check_plan = options_.check_collectives,
                                                                    .read_threads = std::min(8, spare_lanes(world_, 1)),
+                                                                   .sha256 = options_.checkpoint_sha256,
                                                                    .known_durable = history.durable,
                                                                    .first_epoch = history.first_epoch,
                                                                    .trust_foreign = options_.trust_foreign_checkpoint});

@@ -25,7 +25,7 @@ Manifest example() {
   manifest.record_json = R"({"torch":"2.11"})";
   manifest.data_fingerprint = "abc";
   manifest.files = {{"shard-00001-model-00001-of-00002.safetensors", 1024, 0xdeadbeef},
-                    {"shard-00002-model-00001-of-00002.safetensors", 512, 7}};
+                    {"shard-00002-model-00001-of-00002.safetensors", 512, 7, std::string(62, 'c') + "3b"}};
   manifest.tensors["w"] = {"F32", {3, 4}, {{{{0, 0}, {2, 4}}, 0}, {{{2, 0}, {1, 4}}, 1}}};
   manifest.tensors["exp_avg:w"] = {"F32", {3, 4}, {{{{0, 0}, {3, 4}}, 1}}};
   manifest.tensors["scalar"] = {"I64", {}, {{{{}, {}}, 0}}};
@@ -54,6 +54,8 @@ TEST(ManifestTest, ComesBackAsItWas) {
   EXPECT_EQ(after.files[0].name, before.files[0].name);
   EXPECT_EQ(after.files[0].bytes, 1024U);
   EXPECT_EQ(after.files[0].header_crc, 0xdeadbeefU);
+  EXPECT_EQ(after.files[0].sha256, "") << "files without one are as they always were";
+  EXPECT_EQ(after.files[1].sha256, before.files[1].sha256);
   ASSERT_EQ(after.tensors.size(), 4U);
   EXPECT_EQ(after.tensors.at("w").boxes[1].box, (Box{{2, 0}, {1, 4}}));
   EXPECT_EQ(after.tensors.at("w").boxes[1].file, 1U);
@@ -98,6 +100,11 @@ TEST(ManifestTest, EveryHostileManifestIsRefusedThoughItsChecksumIsRight) {
       {replaced("\"bytes\":1024", "\"bytes\":1e30"), "no integer"},
       {replaced("deadbeef", "deadbeeg"), "bad checksum"},
       {replaced("deadbeef", "+eadbeef"), "bad checksum"},
+      {replaced("ccc3b", "ccc3"), "no SHA-256"},
+      {replaced("ccc3b", "ccc3bb"), "no SHA-256"},
+      {replaced("ccc3b", "ccc3B"), "no SHA-256"},
+      {replaced("ccc3b", "ccc3g"), "no SHA-256"},
+      {replaced(std::string(62, 'c') + "3b", ""), "no SHA-256"},
       {replaced("\"step\":1000", "\"step\":-5"), "negative"},
       {replaced("\"step\":1000", "\"step\":1000,\"step\":1001"), "the key 'step' twice"},
       {replaced("\"step\":1000", "\"step\":99999999999999999999"), "no integer"},

@@ -178,6 +178,40 @@ TEST(VerifyTest, NamesFileTensorAndChunkOfEachDamage) {
   EXPECT_THAT(verify(real_fs(), directory.path()), ElementsAre(HasSubstr("No such file")));
 }
 
+// A forger who makes every CRC anew, and then the sums too.
+TEST(VerifyTest, Sha256TellsAForgedShardAndTheExpectedOneAForgedManifest) {
+  const std::vector<int64_t> shape = {3000, 500};
+  const std::vector<WrittenTensor> tensors = {{"w", "F32", shape, rows(shape, 2, 0)}};
+  const TempDir honest, forged, plain;
+  write_checkpoint(honest.path(), tensors, 0, /*with_sha256=*/true);
+  write_checkpoint(forged.path(), tensors, /*salt=*/1, /*with_sha256=*/true);
+  write_checkpoint(plain.path(), tensors);
+  const auto manifest_of = [](const TempDir& directory) {
+    return parse_manifest(slurp(directory.path() + "/" + kManifestName), kManifestName);
+  };
+  for (const StoredFile& file : manifest_of(honest).files)
+    EXPECT_EQ(file.sha256, sha256(slurp(honest.path() + "/" + file.name))) << "of the file as it is";
+  Authenticity genuine{.expected = sha256(slurp(honest.path() + "/" + kManifestName))};
+  EXPECT_THAT(verify(real_fs(), honest.path(), {}, 0, &genuine), IsEmpty());
+  EXPECT_EQ(genuine.found, genuine.expected);
+
+  EXPECT_THAT(verify(real_fs(), forged.path()), IsEmpty()) << "a good checkpoint of its own";
+  EXPECT_THAT(verify(real_fs(), forged.path(), {}, 0, &genuine),
+              ElementsAre(HasSubstr("expected was " + genuine.expected)));
+  EXPECT_THAT(verify(real_fs(), plain.path()), IsEmpty());
+  Authenticity of_plain{.expected = sha256(slurp(plain.path() + "/" + kManifestName))};
+  EXPECT_THAT(verify(real_fs(), plain.path(), {}, 0, &of_plain), ElementsAre(HasSubstr("--checkpoint_sha256")));
+
+  Manifest manifest = manifest_of(honest);  // one shard exchanged, its CRCs made to fit
+  manifest.files[1].header_crc = manifest_of(forged).files[1].header_crc;
+  const std::string name = manifest.files[1].name, path = honest.path() + "/" + kManifestName;
+  std::filesystem::copy_file(forged.path() + "/" + name, honest.path() + "/" + name,
+                             std::filesystem::copy_options::overwrite_existing);
+  std::filesystem::remove(path);
+  write_durable(real_fs(), path, encode_manifest(manifest));
+  EXPECT_THAT(verify(real_fs(), honest.path()), ElementsAre(testing::AllOf(HasSubstr(name), HasSubstr("SHA-256"))));
+}
+
 TEST(VerifyTest, StorageThatCannotBeReadGivesNoVerdict) {
   const TempDir directory;
   write_checkpoint(directory.path(), {{"w", "F32", {4}, {Box::whole({4})}}});

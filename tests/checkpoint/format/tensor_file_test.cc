@@ -34,6 +34,15 @@ TEST(ChecksumTest, Crc32cHasItsCheckValue) {
   EXPECT_EQ(hex8(crc32c("")), "00000000");
 }
 
+TEST(ChecksumTest, Sha256HasTheValuesOfItsStandard) {  // FIPS 180-2, appendix B
+  EXPECT_EQ(sha256("abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+  EXPECT_EQ(sha256(""), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+  Sha256 parts;
+  for (const char* part : {"abcdbcdecdefdefgefghfghighij", "", "hijkijkljklmklmnlmnomnopnopq"})
+    parts.add(std::as_bytes(std::span(part, std::strlen(part))));
+  EXPECT_EQ(parts.hex(), "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1");
+}
+
 TEST(ChecksumTest, ADigestIsTheSameInOnePieceAndInMany) {
   std::string text(100'001, '\0');
   for (size_t i = 0; i < text.size(); ++i) text[i] = static_cast<char>(i * 31);

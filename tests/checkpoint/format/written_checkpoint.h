@@ -40,7 +40,8 @@ inline std::string slurp(const std::filesystem::path& path) {
 }
 
 /// A checkpoint folder on the real file system, one file for each box index.
-inline void write_checkpoint(const std::string& directory, const std::vector<WrittenTensor>& tensors, int salt = 0) {
+inline void write_checkpoint(const std::string& directory, const std::vector<WrittenTensor>& tensors, int salt = 0,
+                             bool with_sha256 = false) {
   size_t num_files = 0;
   for (const auto& tensor : tensors) num_files = std::max(num_files, tensor.boxes.size());
   Manifest manifest{.step = 1, .epoch = 1, .world_size = static_cast<int64_t>(num_files)};
@@ -55,8 +56,10 @@ inline void write_checkpoint(const std::string& directory, const std::vector<Wri
       boxes.push_back({tensor.key, tensor.dtype, box, memory.back()});
     }
     const std::string name = shard_name(static_cast<int64_t>(file), static_cast<int64_t>(num_files));
-    write_shard(real_fs(), directory + "/" + name, boxes);
+    std::string sum;
+    write_shard(real_fs(), directory + "/" + name, boxes, {}, with_sha256 ? &sum : nullptr);
     manifest.files.push_back(describe_shard(real_fs(), directory, name));
+    manifest.files.back().sha256 = sum;
   }
   for (const auto& tensor : tensors) {
     StoredTensor& stored = manifest.tensors[tensor.key] = {tensor.dtype, tensor.shape, {}};

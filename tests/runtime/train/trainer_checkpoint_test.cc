@@ -10,7 +10,9 @@
 
 #include <lockstep/base/error.h>
 #include <lockstep/base/fault_fs.h>
+#include <lockstep/format/checksum.h>
 #include <lockstep/format/fencing.h>
+#include <lockstep/format/reader.h>
 #include <lockstep/metrics/run_log.h>
 
 #include "whole_run.h"
@@ -150,6 +152,16 @@ TEST(TrainerCheckpointTest, KeepEveryStepsKeepsForGood) {
     kept.push_back(entry.path().filename());
   EXPECT_THAT(kept, testing::UnorderedElementsAre("step-00000004.e0001", "step-00000008.e0001", "step-00000010.e0001",
                                                   "step-00000012.e0001"));
+}
+
+TEST(TrainerCheckpointTest, TheManifestVouchesForEveryShardWhereThatIsAskedFor) {
+  const TempDir dir;
+  Options options = small_run(dir.path());
+  options.checkpoint_sha256 = true;
+  run_on(2, options);
+  const format::Reader reader(real_fs(), format::resolve_checkpoint(real_fs(), dir.path()));
+  for (const format::StoredFile& file : reader.manifest().files)
+    EXPECT_TRUE(format::is_sha256(file.sha256)) << file.name;
 }
 
 // A person who starts over, or from a checkpoint by its path, has left the steps before: no crash brings them back.

@@ -68,6 +68,7 @@ struct Options {
   /// Where Fs::shows_late(), a load looks for so long for files that are not there before they count as lost; half of
   /// `timeout` at most, as the other ranks wait.
   Milliseconds late_names = std::chrono::seconds(60);
+  bool sha256 = false;  ///< saves put each shard's SHA-256 into the manifest, for `lockstep verify --expect_sha256`
   /// (epoch, step) of checkpoints that were durable once, as the run's ledger has it (rank 0's count). One that is
   /// there without its MANIFEST is damaged, not unfinished: it stays; and with none left to load there is no fresh
   /// start.

@@ -5,6 +5,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <string_view>
 
 namespace lockstep::format {
 
@@ -36,5 +37,22 @@ class Digester {
   };
   std::unique_ptr<State, FreeState> state_;
 };
+
+/// SHA-256, fed piece by piece: against people too. Cost: 0.3 GB/s a core (libsodium), a tenth of the others.
+class Sha256 {
+ public:
+  Sha256();
+  ~Sha256();
+  Sha256(const Sha256&) = delete;
+  Sha256& operator=(const Sha256&) = delete;
+  void add(std::span<const std::byte> bytes);
+  std::string hex();  ///< 64 hex digits, once
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+std::string sha256(const std::string& text);
+bool is_sha256(std::string_view text);  ///< 64 lower-case hex digits
 
 }  // namespace lockstep::format

@@ -27,6 +27,7 @@ struct StoredFile {
   std::string name;
   uint64_t bytes = 0;
   uint32_t header_crc = 0;  ///< of all bytes before the data
+  std::string sha256 = {};  ///< of all bytes, 64 lower-case hex digits; empty: the save made none
 };
 
 /// MANIFEST: what a checkpoint holds. It is written last, so a folder without one is no checkpoint. FORMAT.md has the

@@ -50,6 +50,7 @@ class Reader {
   const Manifest& manifest() const { return manifest_; }
   const std::string& path() const { return path_; }
   const std::string& manifest_digest() const { return manifest_digest_; }  ///< XXH3-128 of the file MANIFEST
+  const std::string& manifest_sha256() const { return manifest_sha256_; }  ///< of the same bytes
   bool is_foreign() const { return owner_ != geteuid(); }                  ///< whether a file belongs to somebody else
   std::string owner_name() const;                                          ///< "name (uid N)" of that user, else of us
 
@@ -68,6 +69,8 @@ class Reader {
 
   /// Reads every byte of the tensor, checks it, keeps nothing.
   void verify_tensor(const std::string& key) const;
+  /// Reads the whole file against its SHA-256, which the manifest must have. @throws CorruptData, IoError.
+  void verify_sha256(size_t file) const;
 
  private:
   struct StoredEntry {  // a tensor's box in a shard
@@ -93,7 +96,7 @@ class Reader {
   std::string path_;
   Trust trust_;
   uint32_t owner_ = geteuid();
-  std::string manifest_digest_;
+  std::string manifest_digest_, manifest_sha256_;
   Manifest manifest_;
   std::vector<Shard> shards_;
 };
@@ -110,10 +113,16 @@ CheckpointDigests compute_digests(const Reader& reader, const ProgressCallback& 
 /// Whether the checkpoint is at fault and not the storage under it: a name that leads nowhere, or to no regular file.
 bool is_damage(const IoError& error);
 
-/// Everything wrong with a checkpoint, anybody's; one message each; empty: every byte is good. Never throws for corrupt
-/// data.
+/// Whether a checkpoint is the one a person means. CRCs tell accidents; a forger makes them anew.
+struct Authenticity {
+  std::string expected;  ///< SHA-256 of MANIFEST, which must then have one of every shard; empty: nothing is expected
+  std::string found;     ///< that of the MANIFEST that was read; empty: it could not be
+};
+
+/// Everything wrong with a checkpoint, anybody's; one message each; empty: every byte is good. SHA-256 sums in the
+/// manifest are checked too. Never throws for corrupt data.
 /// @throws IoError when storage keeps it from being read: nothing is known then.
-std::vector<std::string> verify(Fs& fs, const std::string& path, const ProgressCallback& progress = {},
-                                int threads = 0);
+std::vector<std::string> verify(Fs& fs, const std::string& path, const ProgressCallback& progress = {}, int threads = 0,
+                                Authenticity* authenticity = nullptr);
 
 }  // namespace lockstep::format

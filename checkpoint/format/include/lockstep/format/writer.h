@@ -13,7 +13,7 @@
 
 namespace lockstep::format {
 
-/// One box to write: `bytes` is its memory in row-major order, read once.
+/// One box to write: `bytes` is its memory in row-major order, read once, for a SHA-256 twice.
 struct BoxToWrite {
   std::string key;
   std::string dtype;
@@ -23,10 +23,11 @@ struct BoxToWrite {
 
 /// Writes one shard file durably: space reserved first, data with a CRC32C a chunk, then the header whose room was
 /// kept, fdatasync, close. The file is a valid safetensors file; its metadata lets torch's HuggingFaceStorageReader
-/// reshard it. @throws IoError.
-/// CheckFailed: bytes that do not fit their box.
+/// reshard it.
+/// @param sha256 where the SHA-256 of the file goes, as it was meant to be written; null: none is made.
+/// @throws IoError. CheckFailed: bytes that do not fit their box.
 void write_shard(Fs& fs, const std::string& path, const std::vector<BoxToWrite>& boxes,
-                 const ProgressCallback& progress = {});
+                 const ProgressCallback& progress = {}, std::string* sha256 = nullptr);
 
 /// The same file from bytes that come in its order, a stretch at a time: for tensors that need not lie in memory
 /// together.
@@ -36,8 +37,9 @@ class ShardWriter {
   ShardWriter(Fs& fs, const std::string& path, std::vector<BoxToWrite> boxes);
   /// The next bytes of the data; a stretch may end within a tensor or go on into the next. @throws IoError.
   void append(std::span<const std::byte> bytes);
-  /// Header, fdatasync, close. @throws IoError; CheckFailed when bytes are missing.
-  void finish();
+  /// Header, fdatasync, close. @return the header: the file's bytes before the data. @throws IoError; CheckFailed when
+  /// bytes are missing.
+  std::string finish();
 
  private:
   std::string header();

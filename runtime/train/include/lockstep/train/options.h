@@ -49,6 +49,7 @@ struct Options {
   double mean_time_between_failures_h = 3;  ///< of the whole job; how often saving pays depends on it
   bool checkpoint_initial = false;          ///< also before the first step: the initial weights as files
   bool asynchronous_save = true;            ///< those between: written while training goes on, from a copy
+  bool checkpoint_sha256 = false;           ///< each shard's SHA-256 in the manifest: lockstep verify --expect_sha256
   int64_t keep_checkpoints = 3;
   int64_t keep_every_steps = 0;          ///< those of steps that it divides are kept for good; 0: none
   Milliseconds save_timeout{1'800'000};  ///< a rank waits so long for the slowest rank's storage
