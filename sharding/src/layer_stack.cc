@@ -1,3 +1,6 @@
+#include <algorithm>
+#include <optional>
+
 #include <lockstep/base/error.h>
 #include <lockstep/nn/dropout.h>
 #include <lockstep/sharding/layer_stack.h>
@@ -20,7 +23,7 @@ void LayerStack::build(const std::vector<Range>& chunks) {
     LOCKSTEP_CHECK(begin <= end && end <= layers_.size())
         << "layers [" << begin << ", " << end << ") of " << layers_.size();
     for (size_t i = begin; i < end; ++i) {
-      built_[i] = register_module(layers_[i].name, layers_[i].make());
+      built_[i] = register_module(layers_[i].name, make(layers_[i]));
       UnitBase::drop_storage(*built_[i]);
     }
   }
@@ -31,6 +34,16 @@ void LayerStack::build(const std::vector<Range>& chunks) {
     LOCKSTEP_CHECK(one->sizes() == two->sizes()) << first << " and " << second << " are tied and differ in shape";
     at::Tensor(*two).set_data(one->detach());
   }
+}
+
+// A second use on the first one's stage gets the first one's memory.
+std::shared_ptr<StackLayer> LayerStack::make(const Layer& layer) {
+  const bool has_second_use = std::any_of(ties_.begin(), ties_.end(), [&](const Tie& tie) {
+    return tie.second.starts_with(layer.name + ".") && named_parameters().contains(tie.first);
+  });
+  std::optional<WithoutStorage> without_storage;
+  if (has_second_use) without_storage.emplace();
+  return layer.make();
 }
 
 size_t LayerStack::chunk_of(const std::string& layer) const {

@@ -7,6 +7,7 @@
 #include <lockstep/base/error.h>
 #include <lockstep/nn/dropout.h>
 #include <lockstep/nn/functions.h>
+#include <lockstep/nn/parameter.h>
 #include <lockstep/nn/precision.h>
 #include <lockstep/sharding/mixture_of_experts.h>
 
@@ -70,7 +71,7 @@ void add_over(ProcessGroup* group, const at::Tensor& counts, Milliseconds timeou
 
 ExpertLinear::ExpertLinear(int64_t num_experts, int64_t in, int64_t out, const ModelParallel& parallel)
     : parallel_(parallel), experts_(even_parts(num_experts, parallel.expert.size())), in_(in), out_(out) {
-  weight = register_parameter("weight", at::zeros({experts_[parallel.expert.rank()].size * out, in}));
+  weight = register_parameter("weight", nn::new_parameter({experts_[parallel.expert.rank()].size * out, in}));
 }
 
 const std::vector<at::Tensor>& ExpertLinear::uses() {

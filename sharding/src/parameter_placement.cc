@@ -5,6 +5,7 @@
 #include <torch/types.h>
 
 #include <lockstep/base/error.h>
+#include <lockstep/nn/init.h>
 #include <lockstep/sharding/parameter_placement.h>
 #include <lockstep/sharding/tensor_parallel.h>
 
@@ -112,12 +113,10 @@ ShardLayout shard_layout(const ParameterPlacement& placement, std::string dtype,
 }
 
 void fill_part(const at::Tensor& parameter, const ParameterPlacement& placement,
-               const std::function<void(const at::Tensor&)>& fill) {
-  if (placement.tensor_dim < 0) return fill(parameter);
-  const at::Tensor whole = at::empty(placement.shape, parameter.options().requires_grad(false));
-  fill(whole);
-  const Part part = placement.part();
-  parameter.detach().copy_(whole.narrow(placement.tensor_dim, part.begin, part.size));
+               const std::function<void(const at::Tensor&)>& fill, int64_t first_row) {
+  std::vector<int64_t> offsets = placement.box().offsets;
+  if (!offsets.empty()) offsets[0] += first_row;
+  nn::fill_box(parameter, placement.shape, offsets, fill);
 }
 
 void reduce_partial_gradients(const std::vector<ParameterPlacement>& placements,

@@ -4,6 +4,7 @@
 #include <lockstep/base/error.h>
 #include <lockstep/nn/dropout.h>
 #include <lockstep/nn/linear.h>
+#include <lockstep/nn/parameter.h>
 #include <lockstep/sharding/tensor_parallel.h>
 
 #include "rank_sum.h"
@@ -173,8 +174,8 @@ ColumnParallelLinear::ColumnParallelLinear(int64_t in, int64_t out, bool has_bia
                                            std::vector<Part> parts)
     : tp_(tp), in_(in), out_(out), parts_(parts_or_even(std::move(parts), out, tp)) {
   const int64_t mine = parts_[tp.rank()].size;
-  weight = register_parameter("weight", at::zeros({mine, in}));
-  if (has_bias) bias = register_parameter("bias", at::zeros({mine}));
+  weight = register_parameter("weight", nn::new_parameter({mine, in}));
+  if (has_bias) bias = register_parameter("bias", nn::new_parameter({mine}));
 }
 
 at::Tensor ColumnParallelLinear::inside(const at::Tensor& x_BTC) { return nn::linear(x_BTC, weight, bias); }
@@ -192,8 +193,8 @@ RowParallelLinear::RowParallelLinear(int64_t in, int64_t out, bool has_bias, con
                                      std::vector<Part> parts)
     : tp_(tp), in_(in), out_(out), parts_(parts_or_even(std::move(parts), in, tp)) {
   LOCKSTEP_CHECK(!has_replicas(parts_, tp.rank())) << "a feature of two ranks would be summed twice";
-  weight = register_parameter("weight", at::zeros({out, parts_[tp.rank()].size}));
-  if (has_bias) bias = register_parameter("bias", at::zeros({out}));
+  weight = register_parameter("weight", nn::new_parameter({out, parts_[tp.rank()].size}));
+  if (has_bias) bias = register_parameter("bias", nn::new_parameter({out}));
 }
 
 at::Tensor RowParallelLinear::forward(const at::Tensor& x_BTF) {

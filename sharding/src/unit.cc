@@ -1,25 +1,18 @@
 #include <algorithm>
 #include <map>
 
-#include <ATen/native/Resize.h>
-
 #include <lockstep/base/error.h>
 #include <lockstep/sharding/unit.h>
 
 namespace lockstep {
-namespace {
-
-thread_local bool t_without_storage = false;
-
-}  // namespace
-
-WithoutStorage::WithoutStorage() : was_(t_without_storage) { t_without_storage = true; }
-WithoutStorage::~WithoutStorage() { t_without_storage = was_; }
 
 void UnitBase::drop_storage(torch::nn::Module& layer) {
-  if (!t_without_storage) return;
-  for (const at::Tensor& parameter : layer.parameters())
-    at::native::resize_bytes_cpu(parameter.storage().unsafeGetStorageImpl(), 0);
+  if (!WithoutStorage::is_on()) return;
+  for (const at::Tensor& parameter : layer.parameters()) {
+    c10::StorageImpl* storage = parameter.storage().unsafeGetStorageImpl();
+    storage->set_data_ptr_noswap(at::DataPtr(nullptr, at::kCPU));
+    storage->set_nbytes(0);
+  }
 }
 
 std::vector<FoundUnit> find_units(torch::nn::Module& model) {

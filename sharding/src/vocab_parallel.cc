@@ -4,6 +4,7 @@
 #include <lockstep/base/error.h>
 #include <lockstep/nn/functions.h>
 #include <lockstep/nn/linear.h>
+#include <lockstep/nn/parameter.h>
 #include <lockstep/nn/precision.h>
 #include <lockstep/sharding/vocab_parallel.h>
 
@@ -156,7 +157,7 @@ struct VocabParallelCrossEntropy : Function<VocabParallelCrossEntropy> {
 
 VocabParallelEmbedding::VocabParallelEmbedding(int64_t vocab, int64_t dim, const TensorParallel& tp)
     : tp_(tp), vocab_(vocab), dim_(dim), parts_(even_parts(vocab, tp.size())) {
-  weight = register_parameter("weight", at::zeros({parts_[tp.rank()].size, dim}));
+  weight = register_parameter("weight", nn::new_parameter({parts_[tp.rank()].size, dim}));
 }
 
 at::Tensor VocabParallelEmbedding::forward(const at::Tensor& ids_BT) {

@@ -6,6 +6,9 @@
 #include <torch/types.h>
 
 #include <lockstep/base/error.h>
+#include <lockstep/nn/cpu_allocator.h>
+#include <lockstep/nn/linear.h>
+#include <lockstep/sharding/layer_stack.h>
 #include <lockstep/sharding/unit.h>
 
 namespace lockstep {
@@ -128,6 +131,44 @@ TEST(UnitTest, WithoutStorageAUnitHasShapesOnly) {
     EXPECT_ANY_THROW(block->forward(torch::ones({2, 5}))) << "weights that are not there are no zeros";
   }
   EXPECT_EQ(bytes(*unit<Block>(5)), 100);
+}
+
+// Sets its weights as it is built, as layers of other people do; 4 MiB of them.
+struct Table : StackLayer {
+  Table() : linear(register_module("linear", std::make_shared<nn::Linear>(1024, 1024))) {
+    const torch::NoGradGuard no_grad;
+    linear->weight.fill_(3), linear->bias.fill_(5);
+  }
+  at::Tensor forward(at::Tensor x, const std::vector<at::Tensor>&) override { return linear->forward(x); }
+  std::shared_ptr<nn::Linear> linear;
+};
+
+TEST(UnitTest, ASecondUseTakesNoMemoryOfItsOwn) {
+  nn::install_cpu_allocator();
+  const nn::MemoryScope memory(nn::MemoryKind::kParameters);
+  LayerStack stack(
+      {{"first", [] { return std::make_shared<Table>(); }}, {"last", [] { return std::make_shared<Table>(); }}},
+      {{"first.linear.weight", "last.linear.weight"}});
+  nn::reset_peaks();
+  const int64_t before = nn::cpu_memory(nn::MemoryKind::kParameters).current_bytes;
+  stack.build();
+  const int64_t weight = 4 << 20, bias = 4 << 10;
+  EXPECT_LE(nn::cpu_memory(nn::MemoryKind::kParameters).peak_bytes - before, weight + 2 * bias);
+  const auto parameters = stack.named_parameters();
+  EXPECT_EQ(parameters["last.linear.weight"].data_ptr(), parameters["first.linear.weight"].data_ptr());
+  EXPECT_TRUE(parameters["last.linear.bias"].eq(5).all().item<bool>()) << "what is not shared stays as it was built";
+}
+
+TEST(UnitTest, WithoutStorageOurLargeLayersAreNeverThere) {
+  nn::install_cpu_allocator();
+  const nn::MemoryScope memory(nn::MemoryKind::kParameters);
+  nn::reset_peaks();
+  const int64_t before = nn::cpu_memory(nn::MemoryKind::kParameters).current_bytes;
+  const WithoutStorage without_storage;
+  LayerStack stack({{"only", [] { return std::make_shared<Table>(); }}});
+  stack.build();
+  EXPECT_LE(nn::cpu_memory(nn::MemoryKind::kParameters).peak_bytes - before, 4 << 10);
+  EXPECT_EQ(stack.parameters()[0].storage().nbytes(), 0);
 }
 
 TEST(UnitTest, AUnitInsideAUnitIsRefused) {

@@ -2,6 +2,7 @@
 #include <torch/types.h>
 
 #include <lockstep/nn/linear.h>
+#include <lockstep/nn/parameter.h>
 #include <lockstep/nn/precision.h>
 
 #include "kernels.h"
@@ -103,10 +104,10 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
 }
 
 Linear::Linear(int64_t in, int64_t out, bool has_bias) {
-  weight = register_parameter("weight", at::zeros({out, in}));
-  if (has_bias) bias = register_parameter("bias", at::zeros({out}));
+  weight = register_parameter("weight", new_parameter({out, in}));
+  if (has_bias) bias = register_parameter("bias", new_parameter({out}));
 }
 
-Embedding::Embedding(int64_t vocab, int64_t dim) { weight = register_parameter("weight", at::zeros({vocab, dim})); }
+Embedding::Embedding(int64_t vocab, int64_t dim) { weight = register_parameter("weight", new_parameter({vocab, dim})); }
 
 }  // namespace lockstep::nn

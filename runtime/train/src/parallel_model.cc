@@ -329,14 +329,11 @@ void ParallelModel::initialize(uint64_t seed) {
   for (size_t i = 0; i < table_.locals().size(); ++i) {
     const ModelParameter& parameter = table_.locals()[i];
     const auto fill = [&](const at::Tensor& whole) { task_.initialize(parameter.own_name, whole, seed); };
-    if (!fully_sharded_) {
-      if (parameter.first_use < 0) fill_part(parameter.tensor.detach(), parameter.placement, fill);
-      continue;
-    }
+    if (!fully_sharded_ && parameter.first_use >= 0) continue;
     const nn::MemoryScope memory(nn::MemoryKind::kParameters);
-    const at::Tensor part = at::empty(parameter.tensor.sizes(), parameter.tensor.options().requires_grad(false));
-    fill_part(part, parameter.placement, fill);  // one at a time, for a moment
-    local_part(i).copy_(shard_of(part, shard, shards));
+    const bool is_cut = fully_sharded_ && parameter.tensor.dim() > 0;
+    fill_part(local_part(i), parameter.placement, fill,
+              is_cut ? row_range(parameter.tensor.size(0), shard, shards).begin : 0);
   }
 }
 

@@ -1,5 +1,7 @@
 // Dropout and initial values: streams named by keys.
 #include <cmath>
+#include <cstring>
+#include <functional>
 #include <set>
 #include <thread>
 
@@ -8,6 +10,7 @@
 #include <torch/nn/modules/dropout.h>
 #include <torch/types.h>
 
+#include <lockstep/base/error.h>
 #include <lockstep/nn/dropout.h>
 #include <lockstep/nn/init.h>
 
@@ -210,6 +213,54 @@ TEST(InitTest, OrderShapeStridesAndTypeChangeNothing) {
   EXPECT_EQ(filled(at::empty({0, 3}), 1, "a").numel(), 0);
   EXPECT_FALSE(at::equal(filled(at::empty({6, 7}), 2, "a"), a));
   EXPECT_FALSE(at::equal(filled(at::empty({6, 7}), 1, "c"), a));
+}
+
+TEST(InitTest, ABoxHasTheBitsOfTheWhole) {
+  const std::vector<std::pair<const char*, std::function<void(const at::Tensor&)>>> fills = {
+      {"normal", [](const at::Tensor& t) { fill_normal(t, 1, "a", 0.02); }},
+      {"uniform", [](const at::Tensor& t) { fill_uniform(t, 1, "a", 0.02); }},
+      {"constant", [](const at::Tensor& t) { fill_constant(t, 3); }},
+      {"by its shape", [](const at::Tensor& t) { fill_normal(t, 1, "a", 1.0 / static_cast<double>(t.size(0))); }},
+      {"and something else", [](const at::Tensor& t) { fill_normal(t, 1, "a", 0.02), t.mul_(2); }},
+      {"before something else", [](const at::Tensor& t) { t.fill_(2), fill_normal(t.narrow(0, 0, 1), 1, "a", 0.02); }},
+      {"no call of ours", [](const at::Tensor& t) { t.copy_(at::arange(t.numel()).view(t.sizes())); }},
+      {"through a pointer", [](const at::Tensor& t) { std::memset(t.data_ptr(), 7, t.nbytes()); }},
+  };
+  struct Where {
+    std::vector<int64_t> shape, offsets, sizes;
+  };
+  const std::vector<Where> boxes = {{{7}, {2}, {3}},          {{6, 5}, {2, 0}, {3, 5}},
+                                    {{6, 5}, {1, 2}, {4, 2}}, {{6, 5}, {0, 0}, {6, 5}},
+                                    {{6, 5}, {6, 0}, {0, 5}}, {{3, 4, 5}, {1, 1, 2}, {2, 3, 2}}};
+  for (const auto& [what, fill] : fills) {
+    for (const Where& where : boxes) {
+      for (const auto type : {at::kFloat, at::kBFloat16}) {
+        const at::Tensor whole = at::empty(where.shape, type), part = at::full(where.sizes, -9, type);
+        fill(whole);
+        at::Tensor wanted = whole;
+        for (size_t dim = 0; dim < where.shape.size(); ++dim)
+          wanted = wanted.narrow(static_cast<int64_t>(dim), where.offsets[dim], where.sizes[dim]);
+        fill_box(part, where.shape, where.offsets, fill);
+        EXPECT_TRUE(same_bits(part, wanted)) << what << " " << at::IntArrayRef(where.sizes) << " " << type;
+      }
+    }
+  }
+}
+
+TEST(InitTest, ABoxIsFilledWithoutTheWhole) {
+  int calls = 0;
+  const at::Tensor part = at::empty({2, 3});
+  const auto fill = [&](const at::Tensor& t) {
+    ++calls;
+    fill_normal(t, 1, "a", 0.02);
+  };
+  fill_box(part, {int64_t{1} << 40, 3}, {(int64_t{1} << 40) - 2, 0}, fill);  // 12 TiB
+  EXPECT_EQ(calls, 1);
+  EXPECT_EQ(part[1][2].item<float>(), 0.02F * normal_at(stream_key(1, "a"), 3 * (uint64_t{1} << 40) - 1));
+  const auto refuse = [](const at::Tensor&) { throw ConfigError("no such parameter"); };
+  EXPECT_THROW(fill_box(part, {9, 3}, {1, 0}, refuse), ConfigError);
+  fill_normal(part, 1, "a", 0.02);
+  EXPECT_EQ(part[0][0].item<float>(), 0.02F * normal_at(stream_key(1, "a"), 0)) << "the box is forgotten";
 }
 
 TEST(InitTest, DistributionsHaveTheirMoments) {

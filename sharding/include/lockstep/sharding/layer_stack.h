@@ -74,6 +74,8 @@ class LayerStack : public torch::nn::Module {
     bool is_last;
     std::optional<at::Tensor> output;
   };
+  std::shared_ptr<StackLayer> make(const Layer& layer);
+
   std::vector<Layer> layers_;
   std::vector<Tie> ties_;
   std::vector<Range> chunks_;

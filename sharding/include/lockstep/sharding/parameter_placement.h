@@ -74,9 +74,9 @@ ShardLayout shard_layout(const ParameterPlacement& placement, std::string dtype,
                          int pipeline_stage = -1);
 
 /// Fills this rank's part with what `fill` writes to the whole tensor, so that no layout changes initial weights.
-/// Cost: the whole tensor, for a moment, where the parameter is cut.
+/// `parameter`: the part, or the rows of it from `first_row` on. Cost: nn::fill_box().
 void fill_part(const at::Tensor& parameter, const ParameterPlacement& placement,
-               const std::function<void(const at::Tensor& whole)>& fill);
+               const std::function<void(const at::Tensor& whole)>& fill, int64_t first_row = 0);
 
 /// Completes partial gradients, in place: each becomes the sum over the ranks that hold the same part, in rank order,
 /// with the same bits on all of them. The others are left alone.

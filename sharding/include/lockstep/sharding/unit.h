@@ -10,6 +10,8 @@
 
 #include <torch/nn/module.h>
 
+#include <lockstep/nn/parameter.h>
+
 namespace lockstep {
 
 /// What happens around a unit's forward and backward: weights gathered before and freed after, activations made again.
@@ -129,16 +131,7 @@ std::shared_ptr<Unit<Layer>> unit(Args&&... args) {
 
 /// Within this scope, on this thread, units are built without memory for their parameters: one unit at a time exists
 /// for a moment, never the model. Their values come from Task::initialize or a checkpoint, shard by shard.
-class WithoutStorage {
- public:
-  WithoutStorage();
-  ~WithoutStorage();
-  WithoutStorage(const WithoutStorage&) = delete;
-  WithoutStorage& operator=(const WithoutStorage&) = delete;
-
- private:
-  bool was_;
-};
+using nn::WithoutStorage;
 
 /// A unit as found in a model, with the names of its parameters in the model.
 struct FoundUnit {

@@ -34,7 +34,8 @@ class Task {
   /// Default: make_model(), which no such group may cut. Override one of the two.
   virtual std::shared_ptr<torch::nn::Module> make_model(const ModelParallel& parallel);
   /// Fills one parameter from `seed`, from a stream keyed by its name, so that no layout changes it.
-  /// @param parameter the whole tensor, though no rank may ever have the whole model.
+  /// @param parameter the whole tensor, though no rank may ever have the whole model. Where a rank keeps a part of it,
+  /// this may be called twice; one call of nn/init.h and nothing else draws that part alone.
   virtual void initialize(const std::string& name, const at::Tensor& parameter, uint64_t seed) = 0;
 
   virtual std::shared_ptr<const data::Dataset> training_data() = 0;
