@@ -283,6 +283,7 @@ void ParallelModel::join_terms() {
 }
 
 void ParallelModel::join_terms(GradientSync& sync) {
+  const metrics::TraceSpan span(tracks_.collectives, "join terms", "collective");
   const Milliseconds timeout = options_.runtime.collective_timeout;
   const auto all_of = [](const ProcessGroup& group) {
     std::vector<int> ranks(group.size());
@@ -308,6 +309,7 @@ void ParallelModel::join_terms(GradientSync& sync) {
 // weights in one order.
 void ParallelModel::join_tied() {
   if (is_planted(Plant::kMissingTiedSum)) return;
+  const metrics::TraceSpan span(tracks_.collectives, "join tied weights", "collective");
   std::map<std::string, size_t> tied_away;
   for (size_t k = 0; k < table_.trainable().size(); ++k) {
     const ModelParameter& parameter = table_.locals()[table_.trainable()[k]];
