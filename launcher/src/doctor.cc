@@ -8,7 +8,6 @@
 
 #include <dlfcn.h>
 #include <sys/resource.h>
-#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <nlohmann/json.hpp>
@@ -19,6 +18,7 @@
 #include "finding.h"
 #include "hosts.h"
 #include "machine.h"
+#include "machine_checks.h"
 #include "open_mpi.h"
 #include "verbs.h"
 
@@ -31,6 +31,10 @@ const std::vector<Arguments::Flag> kFlags = {
     {"hosts", "A,B",
      "look at each of these hosts, through ssh or Open MPI's plm_rsh_agent, and at what is between them"},
     {"hostfile", "FILE", "the same for the hosts of a hostfile"},
+    {"short", nullptr,
+     "only what takes milliseconds: what `lockstep run` looks at on every host before its first start; of a run_dir "
+     "that "
+     "is not there yet, whether it can be made"},
     {"json", nullptr, "one JSON list instead of lines"},
 };
 
@@ -46,13 +50,19 @@ Finding check_mpi(const std::string& mpirun) {
           "apt-get install openmpi-bin libopenmpi-dev (Open MPI 4.1 or 5.0)"};
 }
 
+// After the map of ranks.
+std::string first_complaint(const std::string& said) {
+  const bool has_map = said.starts_with("lockstep: ranks ") && said.find('\n') != std::string::npos;
+  return first_line(has_map ? said.substr(said.find('\n') + 1) : said);
+}
+
 // Through the launcher itself: what it sets is what a run gets.
 Finding check_mpi_starts() {
   const auto start = std::chrono::steady_clock::now();
   const Answer answer = ask({"/proc/self/exe", "run", "-n", "2", "--", "true"});
   const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::steady_clock::now() - start);
   return {"2 ranks start", answer.exit_code == 0,
-          answer.exit_code == 0 ? "and end in " + std::to_string(ms.count()) + " ms" : first_line(answer.output),
+          answer.exit_code == 0 ? "and end in " + std::to_string(ms.count()) + " ms" : first_complaint(answer.output),
           "run `lockstep run -n 2 -- true` and read its message"};
 }
 
@@ -122,6 +132,33 @@ Finding check_gpu() {
           "look at nvidia-smi; restart the node or its driver", kNode};
 }
 
+// As training programs find it: the dynamic linker does, for the plug-in that lies beside lockstep's libraries.
+Finding check_nccl() {
+  const bool has_device = std::filesystem::exists("/dev/nvidiactl");
+  const std::string mend =
+      "build with -DLOCKSTEP_CUDA=ON where NCCL's headers are (package libnccl-dev), or add the "
+      "folder of libnccl.so.2 to LD_LIBRARY_PATH";
+  Dl_info info{};
+  ::dladdr(reinterpret_cast<const void*>(&real_fs), &info);
+  const auto plugin = std::filesystem::path(info.dli_fname ? info.dli_fname : "").parent_path() / "liblockstep_cuda.so";
+  if (!std::filesystem::exists(plugin)) return {"NCCL", !has_device, "left out: no CUDA plug-in was built", mend};
+  std::istringstream lines(ask({"ldd", plugin}).output);
+  std::string path;
+  for (std::string line; std::getline(lines, line);) {
+    std::istringstream words(line);
+    std::string library, arrow;
+    if (words >> library >> arrow && library == "libnccl.so.2") words >> path;
+  }
+  void* nccl = path.starts_with("/") ? ::dlopen(path.c_str(), RTLD_LAZY | RTLD_LOCAL) : nullptr;
+  const auto get = nccl ? reinterpret_cast<int (*)(int*)>(::dlsym(nccl, "ncclGetVersion")) : nullptr;
+  int version = 0;
+  if (!get || get(&version) != 0) return {"NCCL", !has_device, "the CUDA plug-in does not find libnccl.so.2", mend};
+  return {
+      "NCCL", true,
+      std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." + std::to_string(version % 100),
+      ""};
+}
+
 Finding check_cores() {
   const double quota = cgroup_core_quota();
   const int cores = usable_cores();
@@ -138,34 +175,6 @@ Finding check_instructions() {
   return {"instructions", true, name, ""};
 }
 
-Finding check_memory() {
-  std::ifstream file("/proc/meminfo");
-  uint64_t kib = 0;
-  for (std::string key; file >> key;) {
-    if (key == "MemAvailable:") file >> kib;
-  }
-  uint64_t mib = kib >> 10;
-  std::ifstream limit_file("/sys/fs/cgroup/memory.max"), used_file("/sys/fs/cgroup/memory.current");
-  uint64_t limit = 0, used = 0;
-  if (limit_file >> limit && used_file >> used) mib = std::min(mib, limit > used ? (limit - used) >> 20 : 0);
-  return {"memory", mib >= 1024, std::to_string(mib) + " MiB available",
-          "free some: a rank needs about 120 MiB before its model", kNode};
-}
-
-Finding check_shared_memory() {
-  struct statvfs status {};
-  const bool there = ::statvfs("/dev/shm", &status) == 0;
-  const uint64_t mib = there ? (status.f_bavail * status.f_frsize) >> 20 : 0;
-  return {"/dev/shm", mib >= 64, std::to_string(mib) + " MiB free",
-          "mount -o remount,size=1G /dev/shm (containers: --shm-size=1g)", kNode};
-}
-
-Finding check_open_files() {
-  rlimit limit{};
-  ::getrlimit(RLIMIT_NOFILE, &limit);
-  return {"open files", limit.rlim_cur >= 1024, "limit " + std::to_string(limit.rlim_cur), "ulimit -n 4096"};
-}
-
 // Only RDMA and pinned host memory need much; on a machine without them any value will do.
 Finding check_locked_memory() {
   rlimit limit{};
@@ -177,59 +186,13 @@ Finding check_locked_memory() {
           "ulimit -l unlimited (Slurm: PropagateResourceLimitsExcept=MEMLOCK)"};
 }
 
-Finding check_clock() {
-  using Clock = std::chrono::steady_clock;
-  auto last = Clock::now();
-  bool forward = true;
-  for (int i = 0; i < 10000; ++i) {
-    const auto now = Clock::now();
-    forward &= now >= last;
-    last = now;
-  }
-  const auto year = std::chrono::floor<std::chrono::days>(std::chrono::system_clock::now()) >
-                    std::chrono::sys_days{std::chrono::year{2024} / 1 / 1};
-  return {"clock", forward && year,
-          !forward ? "runs backwards"
-          : year   ? "monotonic, dated"
-                   : "says a date before 2024",
-          "start chronyd or another time service", kNode};
-}
-
-// 64 MiB written and synced: what a checkpoint will feel.
-Finding check_storage(const std::string& folder) {
-  constexpr uint64_t kBytes = 64 << 20;
-  // Several hosts may do this at once, and their process numbers be alike.
-  const std::string path = folder + "/.lockstep-doctor-" + own_name() + "-" + std::to_string(::getpid());
-  const std::string what = "storage of " + folder;
-  try {
-    const std::vector<std::byte> data(kBytes, std::byte{1});
-    const auto start = std::chrono::steady_clock::now();
-    const auto file = real_fs().create_exclusive(path);
-    try {
-      file->write_at(0, data);
-      file->sync();
-      file->close();
-    } catch (...) {
-      real_fs().remove_file(path);
-      throw;
-    }
-    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    real_fs().remove_file(path);
-    const auto rate = static_cast<int64_t>(static_cast<double>(kBytes) / seconds / 1e6);
-    return {what, rate >= 20, std::to_string(rate) + " MB/s written and synced", "put --run_dir on faster storage",
-            kNode};
-  } catch (const Error& error) {
-    return {what, false, error.what(), "name a folder you may write with --run_dir"};
-  }
-}
-
 std::vector<Finding> examine_machine(const Arguments& arguments) {
   std::vector<Finding> findings = {check_version(), check_mpi(find_program("mpirun"))};
   if (findings.back().good) findings.push_back(check_mpi_starts());
   for (Finding& finding : check_programs(arguments.get("program", ""))) findings.push_back(std::move(finding));
-  for (Finding& finding : std::vector<Finding>{check_gpu(), check_cores(), check_instructions(), check_memory(),
-                                               check_shared_memory(), check_open_files(), check_locked_memory(),
-                                               check_clock(), check_storage(arguments.get("run_dir", "."))}) {
+  for (Finding& finding : std::vector<Finding>{
+           check_gpu(), check_nccl(), check_cores(), check_instructions(), check_memory(), check_shared_memory(),
+           check_open_files(), check_locked_memory(), check_clock(), check_storage(arguments.get("run_dir", "."))}) {
     findings.push_back(std::move(finding));
   }
   return findings;
@@ -247,6 +210,12 @@ std::vector<Host> named_hosts(const Arguments& arguments) {
 }
 
 std::vector<Finding> examine(const Arguments& arguments) {
+  if (arguments.has("short")) {
+    if (arguments.has("hosts") || arguments.has("hostfile") || arguments.has("program"))
+      throw ConfigError("--short looks at this machine alone. Mend: leave out --hosts, --hostfile and --program");
+    const std::string run_dir = arguments.get("run_dir", ".");
+    return short_look(run_dir.empty() ? "" : without_slash(std::filesystem::absolute(run_dir).lexically_normal()));
+  }
   if (!arguments.has("hosts") && !arguments.has("hostfile")) return examine_machine(arguments);
   const std::string run_dir = std::filesystem::absolute(arguments.get("run_dir", "."));
   std::vector<std::string> flags = {"--run_dir=" + run_dir};
@@ -265,8 +234,7 @@ int doctor(const Arguments& arguments) {
     if (!finding.good && worst != ExitCode::kConfig) worst = finding.code;  // what a person can mend here comes first
     json.push_back(to_json(finding));
     if (arguments.has("json")) continue;
-    std::cout << (finding.good ? "ok    " : "BAD   ") << finding.what << ": " << finding.found << "\n";
-    if (!finding.good) std::cout << "      mend: " << finding.mend << "\n";
+    std::cout << finding;
   }
   if (arguments.has("json")) std::cout << json.dump(2) << "\n";
   return static_cast<int>(worst);
@@ -275,7 +243,7 @@ int doctor(const Arguments& arguments) {
 }  // namespace
 
 const Verb kDoctor = {
-    "doctor", "doctor [--hosts A,B | --hostfile FILE] [--run_dir FOLDER] [--program PATH] [--json]",
+    "doctor", "doctor [--hosts A,B | --hostfile FILE] [--run_dir FOLDER] [--program PATH] [--short] [--json]",
     "Looks at what this machine, or each host, lacks for training; each bad line says how to mend it. Exit "
     "code 0: nothing; 78: set-up; 79: the machine.",
     &kFlags, &doctor};

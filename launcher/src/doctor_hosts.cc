@@ -32,28 +32,13 @@ struct Look {
 
 std::string self() { return std::filesystem::read_symlink("/proc/self/exe"); }
 
-// ssh hands its words to a shell, srun does not. A host that is silent must not keep the others waiting.
+// A host that is silent must not keep the others waiting.
 Answer ask_host(const Words& agent, const std::string& host, const Words& words) {
   Words command = {"timeout", "-k", "5", "60"};
   command.insert(command.end(), agent.begin(), agent.end());
   command.push_back(host);
-  const bool has_shell = std::filesystem::path(agent[0]).filename() != "srun";
-  for (const std::string& word : words) command.push_back(has_shell ? quoted_for_bash(word) : word);
+  for (const std::string& word : words) command.push_back(has_shell(agent) ? quoted_for_bash(word) : word);
   return ask(command);
-}
-
-std::vector<Finding> parse_findings(const std::string& said) {
-  std::vector<Finding> findings;
-  const size_t begin = said.find("[\n"), end = said.rfind(']');  // greetings may stand around it
-  if (begin == std::string::npos || end == std::string::npos) return findings;
-  const auto json = nlohmann::json::parse(said.substr(begin, end - begin + 1), nullptr, /*allow_exceptions=*/false);
-  if (!json.is_array()) return findings;
-  for (const auto& line : json) {
-    if (!line.is_object()) return {};
-    findings.push_back({line.value("what", ""), line.value("good", false), line.value("found", ""),
-                        line.value("mend", ""), static_cast<ExitCode>(line.value("code", 78))});
-  }
-  return findings;
 }
 
 Look look_at(const std::string& host, const Words& agent, const Words& doctor, const std::string& file,
@@ -126,7 +111,7 @@ Finding same_everywhere(const std::vector<Look>& looks, const std::string& what,
   std::string found;
   for (const auto& [value, hosts] : hosts_of)
     found += (found.empty() ? "" : "; ") + value + (hosts_of.size() > 1 ? " on " + hosts : "");
-  return {"same " + what, hosts_of.size() == 1, found, mend};
+  return {"same " + what, hosts_of.size() <= 1, found, mend};
 }
 
 Finding check_clocks(const std::vector<Look>& looks) {
@@ -184,14 +169,6 @@ Finding check_all_reduce(const std::vector<Look>& looks) {
 
 }  // namespace
 
-nlohmann::ordered_json to_json(const Finding& finding) {
-  return {{"what", finding.what},
-          {"good", finding.good},
-          {"found", finding.found},
-          {"mend", finding.good ? "" : finding.mend},
-          {"code", finding.good ? 0 : static_cast<int>(finding.code)}};
-}
-
 std::vector<Finding> examine_hosts(const std::vector<Host>& hosts, const Words& agent, const std::string& run_dir,
                                    const Words& doctor_flags) {
   Words doctor = {self(), "doctor", "--json"};
@@ -209,6 +186,7 @@ std::vector<Finding> examine_hosts(const std::vector<Host>& hosts, const Words& 
   if (answered < 2) return findings;
   findings.push_back(same_everywhere(looks, "lockstep", "install one version on every host"));
   findings.push_back(same_everywhere(looks, "Open MPI", "install one version on every host"));
+  findings.push_back(same_everywhere(looks, "NCCL", "install one version on every host"));
   findings.push_back(
       same_everywhere(looks, "instructions",
                       "leave the others out, or results have other bits: ATEN_CPU_CAPABILITY=avx2 makes them alike"));

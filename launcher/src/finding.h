@@ -1,5 +1,6 @@
 #pragma once
 
+#include <iosfwd>
 #include <string>
 #include <vector>
 
@@ -18,10 +19,16 @@ struct Finding {
   std::string found;
   std::string mend;
   ExitCode code = ExitCode::kConfig;  ///< what a bad one means; kNodeBad: another machine may do
+  bool ends_run = false;              ///< no training without a mend
 };
+
+/// The line people read; a bad one is followed by its mend.
+std::ostream& operator<<(std::ostream& out, const Finding& finding);
 
 /// An object of `lockstep doctor --json`; what another host's doctor said is read back from it.
 nlohmann::ordered_json to_json(const Finding& finding);
+/// What another host's doctor said, whatever greetings stand around it. @return nothing for anything else.
+std::vector<Finding> parse_findings(const std::string& said);
 
 /// Looks at each host through `agent` (ssh, or what stands for it) and at what is between them: a line for each host,
 /// its bad findings, whether the hosts are alike, their clocks, whether storage is shared, and an all-reduce.

@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include <lockstep/base/error.h>
+#include <lockstep/base/unique_handle.h>
 
 #include "machine.h"
 
@@ -22,6 +23,7 @@ namespace lockstep::launcher {
 namespace {
 
 constexpr int64_t kMostSlots = 65536;
+constexpr size_t kMostHeard = 256;  // hosts whose words are kept: each takes a descriptor
 
 std::optional<int64_t> whole_number(std::string_view text) {
   int64_t value = 0;
@@ -56,12 +58,14 @@ std::string range(int64_t first, int64_t count) {
   return count == 1 ? std::to_string(first) : std::to_string(first) + "-" + std::to_string(first + count - 1);
 }
 
-pid_t start_quietly(const std::vector<std::string>& command) {
+/// @param output -1: nobody reads it.
+pid_t start_quietly(const std::vector<std::string>& command, int output) {
   const std::vector<char*> argv = argv_of(command);
   posix_spawn_file_actions_t actions;
   posix_spawn_file_actions_init(&actions);
   for (const int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO})
     posix_spawn_file_actions_addopen(&actions, fd, "/dev/null", O_RDWR, 0);
+  if (output >= 0) posix_spawn_file_actions_adddup2(&actions, output, STDOUT_FILENO);
   posix_spawnattr_t attributes;
   posix_spawnattr_init(&attributes);
   posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);  // so that it can be ended with what it starts
@@ -70,6 +74,24 @@ pid_t start_quietly(const std::vector<std::string>& command) {
   posix_spawnattr_destroy(&attributes);
   posix_spawn_file_actions_destroy(&actions);
   return pid;
+}
+
+struct Pipe {
+  UniqueFd read, write;
+};
+
+// Holds all that is said until it is read at the end: 64 KiB.
+Pipe make_pipe() {
+  std::array<int, 2> ends = {-1, -1};
+  if (::pipe2(ends.data(), O_CLOEXEC) == 0) ::fcntl(ends[0], F_SETFL, O_NONBLOCK);
+  return {UniqueFd(ends[0]), UniqueFd(ends[1])};
+}
+
+std::string read_all(int fd) {
+  std::string text(64 << 10, '\0');
+  const ssize_t got = ::read(fd, text.data(), text.size());
+  text.resize(got > 0 ? static_cast<size_t>(got) : 0);
+  return text;
 }
 
 }  // namespace
@@ -199,16 +221,25 @@ bool is_this_machine(const std::string& name) {
   return name == "localhost" || name == "127.0.0.1" || name == own || name == own.substr(0, own.find('.'));
 }
 
-std::vector<Host> answering(const std::vector<Host>& hosts, const std::vector<std::string>& agent, double seconds) {
+bool has_shell(const std::vector<std::string>& agent) {
+  return agent.empty() || agent[0].substr(agent[0].rfind('/') + 1) != "srun";
+}
+
+std::vector<Host> answering(const std::vector<Host>& hosts, const std::vector<std::string>& agent, double seconds,
+                            const std::vector<std::string>& command, std::map<std::string, std::string>* said) {
   std::vector<pid_t> asked(hosts.size(), 0);  // 0: not asked
+  std::vector<UniqueFd> outputs(hosts.size());
   std::vector<bool> answers(hosts.size(), false);
   size_t open = 0;
   for (size_t i = 0; i < hosts.size(); ++i) {
     answers[i] = is_this_machine(hosts[i].name);
     if (answers[i]) continue;
-    std::vector<std::string> command = agent;
-    command.insert(command.end(), {hosts[i].name, "true"});
-    asked[i] = start_quietly(command);
+    std::vector<std::string> words = agent;
+    words.push_back(hosts[i].name);
+    words.insert(words.end(), command.begin(), command.end());
+    Pipe pipe = said && open < kMostHeard ? make_pipe() : Pipe{UniqueFd(), UniqueFd()};
+    asked[i] = start_quietly(words, pipe.write.get());
+    outputs[i] = std::move(pipe.read);
     open += asked[i] > 0 ? 1 : 0;
   }
   const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
@@ -229,6 +260,7 @@ std::vector<Host> answering(const std::vector<Host>& hosts, const std::vector<st
       ::waitpid(asked[i], nullptr, 0);
     }
     if (answers[i]) found.push_back(hosts[i]);
+    if (answers[i] && outputs[i]) (*said)[hosts[i].name] = read_all(outputs[i].get());
   }
   return found;
 }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <set>
 #include <string>
@@ -50,8 +51,13 @@ std::optional<Placement> place(const std::vector<Host>& hosts, int64_t most, int
 std::string own_name();  ///< of this machine
 /// Whether that name means this machine.
 bool is_this_machine(const std::string& name);
-/// Those of `hosts` that answer: `agent` HOST true (ssh, or what stands for it) ends with 0 in time. All are asked at
-/// once; this machine is not asked.
-std::vector<Host> answering(const std::vector<Host>& hosts, const std::vector<std::string>& agent, double seconds);
+/// Whether what `agent` takes to a host is read by a shell there: ssh does that, srun does not.
+bool has_shell(const std::vector<std::string>& agent);
+/// Those of `hosts` that answer: `agent` HOST `command` (ssh, or what stands for it) ends with 0 in time. All are asked
+/// at once; this machine is not asked.
+/// @param said what they write to their standard output, 64 KiB at most; more is no answer. Of 256 hosts at most.
+std::vector<Host> answering(const std::vector<Host>& hosts, const std::vector<std::string>& agent, double seconds,
+                            const std::vector<std::string>& command = {"true"},
+                            std::map<std::string, std::string>* said = nullptr);
 
 }  // namespace lockstep::launcher

@@ -4,8 +4,10 @@
 #include <cmath>
 #include <iomanip>
 #include <iostream>
+#include <map>
 #include <memory>
 #include <random>
+#include <set>
 #include <sstream>
 
 #include <unistd.h>
@@ -17,6 +19,7 @@
 #include "job.h"
 #include "launch_folder.h"
 #include "machine.h"
+#include "machine_checks.h"
 #include "open_mpi.h"
 #include "run_state.h"
 #include "stop_signals.h"
@@ -25,7 +28,7 @@
 namespace lockstep::launcher {
 namespace {
 
-constexpr double kAnswerSeconds = 5;               // a host that takes longer to run `true` is no help
+constexpr double kAnswerSeconds = 5;               // a host that takes longer to look at itself is no help
 constexpr std::chrono::milliseconds kEnds{5'000};  // a process that waits for a dead disk takes longer
 constexpr size_t kMostTold = 20;                   // failures at the end of the log; all were told when they happened
 constexpr int kRunAgain = static_cast<int>(ExitCode::kRunAgain), kConfig = static_cast<int>(ExitCode::kConfig);
@@ -74,6 +77,7 @@ class Supervisor {
   explicit Supervisor(const Plan& plan) : Supervisor(plan, load_supervisor_state(plan.run_dir)) {}
 
   int run() {
+    if (const auto refusal = look_at_this_machine()) return finish(*refusal);
     for (;;) {
       const std::optional<Placement> placement = choose_placement();
       if (stop_requests() > 0) return finish({false, kRunAgain, {}, ""});
@@ -108,13 +112,41 @@ class Supervisor {
             << " restarts are used" << std::endl;
   }
 
+  std::optional<Decision> look_at_this_machine() const {
+    if (std::none_of(plan_.hosts.begin(), plan_.hosts.end(),
+                     [](const Host& host) { return is_this_machine(host.name); }))
+      return std::nullopt;
+    std::optional<Decision> refusal;
+    for (const Finding& finding : short_look(run_dir_)) {
+      if (finding.good) continue;
+      std::cerr << finding << std::flush;
+      if (finding.ends_run) refusal = {.exit_code = static_cast<int>(finding.code)};
+    }
+    return refusal;
+  }
+
+  /// Those that answer; what one of them lacks is told when it is asked for the first time.
+  std::vector<Host> look_at(const std::vector<Host>& hosts) {
+    const std::vector<std::string> agent = remote_agent(process_environment(), plan_.in_slurm);
+    std::map<std::string, std::string> said;
+    std::vector<Host> found = answering(hosts, agent, kAnswerSeconds, short_look_command(agent, run_dir_), &said);
+    for (const auto& [host, findings] : said) {
+      if (!looked_at_.insert(host).second) continue;
+      for (Finding& finding : parse_findings(findings)) {
+        if (finding.good) continue;
+        finding.what.insert(0, host + ": ");
+        std::cerr << finding << std::flush;
+      }
+    }
+    return found;
+  }
+
   std::optional<Placement> choose_placement() {
     std::vector<Host> hosts = plan_.hosts;
     std::erase_if(hosts, [&](const Host& host) { return is_excluded(host.name); });
     leave_out_lost(hosts);
     // Slurm has just looked at the nodes of a new job itself.
-    if (!plan_.on_this_machine && !(plan_.in_slurm && state_.starts == 0))
-      hosts = answering(hosts, remote_agent(process_environment(), plan_.in_slurm), kAnswerSeconds);
+    if (!plan_.on_this_machine && !(plan_.in_slurm && state_.starts == 0)) hosts = look_at(hosts);
     missing_.clear();
     for (const Host& host : plan_.hosts) {
       if (std::find(hosts.begin(), hosts.end(), host) == hosts.end()) missing_.push_back(host.name);
@@ -213,7 +245,10 @@ class Supervisor {
     std::vector<std::string> forwarded = forwarded_variables(environ);
     forwarded.insert(forwarded.end(), {"LOCKSTEP_LAUNCH_DIR", "LOCKSTEP_JOB_ID", "LOCKSTEP_JOB_START"});
     job.command = mpirun_command(start, forwarded);
-    if (plan_.on_this_machine) return;
+    if (plan_.on_this_machine) {
+      say() << Placement{.hosts = {{own_name(), placement.ranks()}}, .spares = {}}.describe() << std::endl;
+      return;
+    }
     write_durable(real_fs(), start.hostfile, hostfile_text(placement), 0600);
     say() << placement.describe() << (missing_.empty() ? "" : "; not used: " + joined(missing_)) << std::endl;
   }
@@ -297,7 +332,8 @@ class Supervisor {
   RestartPolicy policy_;
   std::vector<std::string> first_failures_, missing_;
   std::vector<std::string> lost_;  // found silent in the last start
-  int64_t slots_ = 0;              // of the hosts that answered last
+  std::set<std::string> looked_at_;
+  int64_t slots_ = 0;  // of the hosts that answered last
 };
 
 }  // namespace

@@ -57,7 +57,7 @@ def cases(folder):
         ("odd number of bytes", [data("odd.bin")], DATA, ["odd.bin"]),
         ("fewer samples than a batch", [data("few.bin")], CONFIG, ["global_batch_size", "Mend"]),
         ("token out of vocabulary", [data("large_id.bin"), "--steps=60"], DATA, ["300", "large_id.bin"]),
-        ("run directory under a file", [good, f"--run_dir={folder / 'file' / 'run'}"], CONFIG, ["--run_dir", "Mend"]),
+        ("run directory under a file", [good, f"--run_dir={folder / 'file' / 'run'}"], CONFIG, ["--run_dir", "mend: "]),
         ("run directory of everybody", [good, f"--run_dir={folder / 'open'}"], CONFIG, ["--run_dir", "chmod"]),
         ("resume from nowhere", [good, f"--resume={folder / 'nowhere'}"], CONFIG, ["nowhere"]),
         ("weights from nowhere", [good, f"--init_from={folder / 'nowhere'}"], CONFIG, ["nowhere"]),

@@ -58,6 +58,7 @@ TEST(CommandLine, MistakesStopBeforeAnyWorkAndNameTheMend) {
       {{"inspect", "--jsn", "a"}, "--json"},
       {{"verify", "/tmp"}, "/tmp"},
       {{"doctor", "me"}, "leftover"},
+      {{"doctor", "--short", "--hosts", "a"}, "this machine alone"},
   };
   for (const Case& wrong : cases) {
     const Ended ended = lockstep_run(wrong.words);
@@ -96,14 +97,29 @@ TEST(Doctor, SaysWhatIsThereAndMarksWhatIsNot) {
   for (const auto& finding : nlohmann::json::parse(ended.out)) {
     good[finding["what"]] = finding["good"];
     EXPECT_NE(finding["found"], "");
+    const std::string found = finding["found"];
+    if (finding["what"] == "NCCL") {
+      EXPECT_EQ(found.starts_with("left out"),
+                !std::filesystem::exists(LOCKSTEP_BINARY_DIR "/lib/liblockstep_cuda.so"));
+    }
     EXPECT_EQ(finding["good"] == true, finding["mend"] == "") << finding;
   }
   EXPECT_TRUE(good.at("Open MPI"));
   EXPECT_TRUE(good.at("2 ranks start"));
   EXPECT_TRUE(good.at("libraries of launched_rank"));
   EXPECT_FALSE(good.at("storage of " + folder / "missing"));
-  for (const char* what : {"GPU", "cores", "memory", "/dev/shm", "open files", "locked memory", "clock"})
+  for (const char* what : {"GPU", "NCCL", "cores", "memory", "/dev/shm", "open files", "locked memory", "clock"})
     EXPECT_TRUE(good.contains(what)) << what;
+}
+
+TEST(Doctor, TheShortLookIsWhatAStartNeeds) {
+  const TempDir folder;
+  const Ended ended = lockstep_run({"doctor", "--short", "--json", "--run_dir", folder / "not/yet"});
+  EXPECT_EQ(ended.code, 0) << ended.out;
+  std::vector<std::string> what;
+  for (const auto& finding : nlohmann::json::parse(ended.out)) what.push_back(finding["what"]);
+  EXPECT_THAT(what, testing::ElementsAre("memory", "/dev/shm", "open files", "clock", testing::EndsWith("/not/yet")));
+  EXPECT_TRUE(std::filesystem::is_empty(folder.path()));
 }
 
 TEST(Doctor, LeavesNothingInTheFolderItMeasures) {

@@ -125,6 +125,17 @@ TEST(Answering, HostsThatAreGoneOrSilentAreLeftOut) {
   EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(20));
 }
 
+TEST(Answering, WhatTheySayIsKeptAsLongAsItIsShort) {
+  const Agent agent(
+      "host=$1; shift; echo error >&2\n"
+      "case $host in much) seq 100000;; fails) echo no; exit 1;; none) ;; *) echo $host says \"$@\";; esac\n");
+  std::map<std::string, std::string> said;
+  const Hosts hosts = {{"a", 1}, {"much", 1}, {"fails", 1}, {"none", 1}, {"localhost", 1}};
+  const Hosts found = answering(hosts, {agent.path()}, 1, {"one", "two"}, &said);
+  EXPECT_EQ(found, (Hosts{{"a", 1}, {"none", 1}, {"localhost", 1}}));
+  EXPECT_THAT(said, ElementsAre(testing::Pair("a", "a says one two\n"), testing::Pair("none", "")));
+}
+
 TEST(Answering, WithoutAnAgentNoOtherHostAnswers) {
   EXPECT_EQ(answering({{"a", 1}, {"localhost", 1}}, {"/no/such/agent"}, 1), (Hosts{{"localhost", 1}}));
 }

@@ -273,6 +273,21 @@ TEST_F(HostsTest, WithFewerHostsItRunsInTheLargestWorldThatTheProgramAccepts) {
   EXPECT_EQ(size(), "2");
 }
 
+// Of a host with an older lockstep, or none, nothing is known.
+TEST_F(HostsTest, WhatAHostLacksIsToldWhenItIsUsedForTheFirstTime) {
+  std::ofstream(agent())
+      << "#!/bin/sh\nhost=$1; shift\ncase $host in b) ulimit -n 512;; c) set -- \"$(printf %s \"$*\" | "
+         "sed 's,bin/lockstep,bin/no-lockstep,')\";; esac\nexec /bin/sh -c \"$*\"\n";
+  const Ended ended = start({"-n", "3", "--restarts", "1", "--hosts", "a:1,b:1,c:1"},
+                            {"recover", folder_.path(), "0", "1", "--run_dir=" + folder_.path()});
+  EXPECT_EQ(ended.code, 0) << ended.err;
+  const std::string bad = "BAD   b: open files: limit 512\n      mend: ulimit -n 4096\n";
+  EXPECT_THAT(ended.err, HasSubstr(bad));
+  EXPECT_EQ(ended.err.find("BAD"), ended.err.rfind("BAD")) << ended.err;
+  EXPECT_LT(ended.err.find(bad), ended.err.find("ranks 0 on a, 1 on b, 2 on c"));
+  EXPECT_THAT(ended.err, HasSubstr("restart 1 of 1"));
+}
+
 TEST_F(HostsTest, TheHostOfAFaultyRankIsLeftOut) {
   const Ended ended =
       start({"-n", "4", "--hosts", "a:2,b:2,c:2"}, {"faulty", folder_.path(), "2", "0", "--run_dir=" + folder_.path()});

@@ -1,6 +1,11 @@
 #include <algorithm>
+#include <array>
 #include <csignal>
+#include <filesystem>
+#include <fstream>
 #include <string>
+
+#include <unistd.h>
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -33,11 +38,14 @@ TEST_P(RunTest, TheExitCodeOfTheLastRankIsPassedOn) {
   }
 }
 
-TEST_P(RunTest, ARunThatGoesWellSaysNothingOfItsOwn) {
+TEST_P(RunTest, ARunThatGoesWellSaysNothingOfItsOwnButWhereItsRanksAre) {
   const TempDir folder;
   const Ended ended = lockstep_run(job(GetParam(), {"exit", folder.path(), "99", "0"}));
   EXPECT_EQ(ended.code, 0) << ended.err;
-  EXPECT_EQ(ended.err, "");
+  std::array<char, 256> host{};
+  ::gethostname(host.data(), host.size() - 1);
+  const std::string last = std::to_string(GetParam() - 1);
+  EXPECT_EQ(ended.err, GetParam() == 1 ? "" : "lockstep: ranks 0-" + last + " on " + host.data() + "\n");
 }
 
 INSTANTIATE_TEST_SUITE_P(WorldSizes, RunTest, testing::Values(1, 2, 3, 4, 7, 8));
@@ -115,8 +123,35 @@ TEST(Run, WithoutANumberItSaysHowManyRanksItStarts) {
 TEST(Run, NoisyStandardErrorArrivesWhole) {
   const Ended ended = lockstep_run({"run", "-n", "2", "--", "/bin/sh", "-c", "seq 20000 >&2"});
   EXPECT_EQ(ended.code, 0);
-  EXPECT_EQ(std::count(ended.err.begin(), ended.err.end(), '\n'), 40000);
+  EXPECT_EQ(std::count(ended.err.begin(), ended.err.end(), '\n'), 40001) << "the ranks' lines, and where they are";
   EXPECT_THAT(ended.err, Not(HasSubstr("first failure")));
+}
+
+TEST(Run, WhatTheMachineLacksIsToldAndTheRunGoesOn) {
+  const std::string lockstep = LOCKSTEP_BINARY_DIR "/bin/lockstep";
+  const Ended ended = lockstep_run(
+      {"run", "-n", "1", "--", "/bin/sh", "-c", "ulimit -n 512; exec " + lockstep + " run -n 1 -- /bin/true"});
+  EXPECT_EQ(ended.code, 0);
+  EXPECT_EQ(ended.err, "BAD   open files: limit 512\n      mend: ulimit -n 4096\n");
+}
+
+TEST(Run, ARunDirectoryThatCannotBeMadeEndsItBeforeAnyRankStarts) {
+  const TempDir folder;
+  std::ofstream(folder / "file") << "no folder";
+  const std::string run_dir = folder / "file" + "/run";
+  const Ended ended = lockstep_run(job(2, {"exit", folder.path(), "99", "0", "--run_dir=" + run_dir}));
+  EXPECT_EQ(ended.code, 78) << ended.err;
+  EXPECT_THAT(ended.err, HasSubstr("BAD   storage of " + run_dir + ": creating '" + folder.path() + "/file/"));
+  EXPECT_THAT(ended.err, HasSubstr("mend: name a folder you may write with --run_dir"));
+  EXPECT_FALSE(std::filesystem::exists(folder / "pid.0"));
+}
+
+TEST(Run, ARunDirectoryThatIsNotThereYetIsLookedForWhereItWillBe) {
+  const TempDir folder;
+  const Ended ended =
+      lockstep_run(job(1, {"exit", folder.path(), "99", "0", "--run_dir=" + (folder / "not/yet/there")}));
+  EXPECT_EQ(ended.code, 0) << ended.err;
+  EXPECT_EQ(ended.err, "");
 }
 
 TEST(Run, AnMpirunThatRefusesIsAMatterOfSetUp) {
