@@ -88,7 +88,7 @@ std::unique_ptr<format::Reader> Store::open_patiently(const std::string& path) c
       if (!may_come || Clock::now() >= deadline || !fs_.shows_late(path)) throw;
       LOG_IF(WARNING, pause == Milliseconds(10))
           << error.what() << ": this file system may show late what other machines write; looking for it for up to "
-          << patience.count() / 1000.0 << " s";
+          << static_cast<double>(patience.count()) / 1000 << " s";
     }
     std::this_thread::sleep_until(std::min(Clock::now() + pause, deadline));
   }

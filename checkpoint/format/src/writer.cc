@@ -50,7 +50,7 @@ void ShardWriter::append(std::span<const std::byte> bytes) {
 std::string ShardWriter::finish() {
   LOCKSTEP_CHECK(position_ == data_bytes_)
       << "'" << path_ << "' got " << position_ << " bytes of data, its tensors have " << data_bytes_;
-  const std::string text = header();
+  std::string text = header();
   LOCKSTEP_CHECK(text.size() == header_bytes_) << "the header of '" << path_ << "' changed its size";
   file_->write_at(0, std::as_bytes(std::span(text.data(), text.size())));
   file_->sync();
