@@ -95,7 +95,7 @@ std::string arithmetic_differences(const std::vector<std::string>& hosts, const 
     for (const auto& [key, any] : keys) {
       const std::string a = first.contains(key) ? first.at(key) : "not set",
                         b = theirs.contains(key) ? theirs.at(key) : "not set";
-      if (a != b) difference += "\n    " + key + ": " + b + " against " + a;
+      if (a != b) difference.append("\n    ").append(key).append(": ").append(b).append(" against ").append(a);
     }
     if (!difference.empty()) ranks[difference].push_back(rank);
   }
@@ -103,7 +103,7 @@ std::string arithmetic_differences(const std::vector<std::string>& hosts, const 
   for (const auto& [difference, who] : ranks) {
     const std::string more =
         who.size() == 1 ? "" : " and " + std::to_string(who.size() - 1) + " more, the last " + name(who.back());
-    text += "\n  " + name(who[0]) + more + ", against " + name(0) + ":" + difference;
+    text.append("\n  " + name(who[0])).append(more).append(", against " + name(0) + ":").append(difference);
   }
   return text;
 }
