@@ -42,6 +42,9 @@ struct GradientReducer::Bucket {
   std::optional<OrderedReduction> reduction;
   Work work;            // the gather of pieces, or the fast all-reduce
   at::Tensor fast_sum;  // what the all-reduce works on
+  // Of a tied weight's first use: whose root's memory this one's takes over.
+  const Bucket* lender = nullptr;
+  bool has_lenders_root = false;
 };
 
 // A parameter's place, and its gradients that wait for their siblings.
@@ -107,16 +110,40 @@ void GradientReducer::build_buckets() {
   }
 }
 
+// The second use of a tied weight whose memory its first use takes over: its root leaves at the start of the last
+// backward, the other one's is complete at the end. Several roots of one use are complete too early for that, and all
+// ranks must do alike.
+std::optional<size_t> GradientReducer::lender_to(size_t first_use) const {
+  if (group_.size() == 1 || options_.reduction != Reduction::kOrdered) return {};
+  for (int rank = 0; rank < group_.size(); ++rank) {
+    if (maximal_aligned_blocks(leaf_share(options_.num_leaves, rank, group_.size())).size() != 1) return {};
+  }
+  for (size_t i = parameters_.size(); i-- > first_use + 1;) {
+    if (parameters_[i].first_use == static_cast<int64_t>(first_use)) return i;
+  }
+  return {};
+}
+
 void GradientReducer::allocate(Bucket& bucket) {
   const nn::MemoryScope memory(nn::MemoryKind::kGradients);
   const BucketLayout& layout = bucket.layout;
   const auto options = parameters_[bucket.parameters[0]].tensor.options().requires_grad(false);
-  for (size_t r = 0; r < std::max<size_t>(1, root_blocks_.size()); ++r)
+  const size_t parameter = bucket.parameters[0];
+  if (const auto lender = lender_to(parameter)) {
+    bucket.lender = buckets_[slots_[*lender]->bucket].get();
+    bucket.roots = bucket.lender->roots;
+    bucket.has_lenders_root = true;
+  }
+  while (bucket.roots.size() < std::max<size_t>(1, root_blocks_.size()))
     bucket.roots.push_back(group_.empty_mapped(layout.numel(), options).fill_(kNothing));
   // The sum takes the place of the first root, once that has travelled.
   const at::Tensor home = bucket.roots[0];
   if (root_blocks_.empty()) bucket.roots.clear();
   const Piece own = layout.pieces()[group_.rank()];
+  if (parameters_[parameter].first_use >= 0 && lender_to(parameters_[parameter].first_use) == parameter) {
+    bucket.piece = at::full({own.numel}, kNothing, options);
+    return;
+  }
   bucket.piece = home.narrow(0, own.offset, own.numel);
   bucket.shard = options_.num_shards == 1 ? home
                  : num_replicas() == 1    ? bucket.piece
@@ -168,6 +195,7 @@ void GradientReducer::deliver(int64_t leaf, size_t parameter, at::Tensor grad) {
 void GradientReducer::complete_root(size_t parameter, size_t root, const at::Tensor& left, const at::Tensor& right) {
   const Slot& slot = *slots_[parameter];
   Bucket& bucket = *buckets_[slot.bucket];
+  if (bucket.has_lenders_root) take_over_root(bucket);
   const at::Tensor &one = left.defined() ? left : right, &two = left.defined() ? right : left;
   const at::Tensor& out = bucket.roots[root];
   for (const auto& [in_parameter, in_bucket, numel] : bucket.layout.segments(slot.in_bucket)) {
@@ -180,6 +208,22 @@ void GradientReducer::complete_root(size_t parameter, size_t root, const at::Ten
     }
   }
   bucket.missing.fetch_sub(1, std::memory_order_acq_rel);
+}
+
+// The lender's root has left, unless some bucket before this one is not full yet, as where a micro-batch uses other
+// parameters than usual: from then on each has memory of its own.
+void GradientReducer::take_over_root(Bucket& bucket) {
+  const std::lock_guard lock(launch_->mutex);
+  if (launch_->next == static_cast<size_t>(bucket.number)) return finish_before(bucket);
+  const nn::MemoryScope memory(nn::MemoryKind::kGradients);
+  bucket.roots[0] = group_.empty_mapped(bucket.layout.numel(), bucket.piece.options()).fill_(kNothing);
+  bucket.has_lenders_root = false;
+}
+
+// Right before this bucket is launched, on every rank, whether it has the lender's root or not: ranks wait for each
+// other in finish().
+void GradientReducer::finish_before(const Bucket& bucket) {
+  for (int64_t number = 0; number <= bucket.lender->number; ++number) finish_ordered(*buckets_[number]);
 }
 
 void GradientReducer::launch_ready_buckets(size_t bucket_number) {
@@ -204,6 +248,7 @@ flight::LabelScope GradientReducer::label_of(const Bucket& bucket) const {
 }
 
 void GradientReducer::reduce_bucket(Bucket& bucket) {
+  if (bucket.lender) finish_before(bucket);
   const nn::MemoryScope memory(nn::MemoryKind::kScratch);
   const auto launch = span("launch reduction", bucket);
   const flight::LabelScope label = label_of(bucket);
@@ -226,11 +271,8 @@ void GradientReducer::fold() {
                                          << bucket->missing << " gradients: not every leaf of the share was computed";
     if (group_.size() == 1) {
       fold_roots(root_blocks_, bucket->roots);  // in place: roots[0] is the gradient
-    } else if (bucket->reduction) {
-      const auto wait = span("wait for reduction", *bucket);
-      const flight::LabelScope label = label_of(*bucket);
-      bucket->reduction->finish(bucket->piece);
-      bucket->reduction.reset();
+    } else if (options_.reduction == Reduction::kOrdered) {
+      finish_ordered(*bucket);
     } else {
       const auto wait = span("wait for reduction", *bucket);
       bucket->work.wait();
@@ -241,6 +283,14 @@ void GradientReducer::fold() {
   }
   if (first_step_) check_all_used();
   first_step_ = false;
+}
+
+void GradientReducer::finish_ordered(Bucket& bucket) {
+  if (!bucket.reduction) return;
+  const auto wait = span("wait for reduction", bucket);
+  const flight::LabelScope label = label_of(bucket);
+  bucket.reduction->finish(bucket.piece);
+  bucket.reduction.reset();
 }
 
 at::Tensor GradientReducer::piece_of(size_t i) const {

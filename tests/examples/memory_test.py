@@ -1,9 +1,10 @@
 """memory_test.py BIN_DIR: what a rank keeps of a 50 M-parameter GPT on 4 ranks, for each ZeRO stage, is within 10 % of the formula: bytes of
 parameters, gradients, optimizer state, gathered units and buckets at their peaks, as the CPU allocator counts them, and shared memory where ranks
-share a node. Scratch is printed beside it.
+share a node. Scratch is printed beside it. Half of the model is its embedding, which the head uses too.
 
-Formula (f32, P parameters, N ranks, U those of the largest unit): stage 0: 16 P; 1: 8 P + 8 P/N; 2: 4 P + 12 P/N + one bucket of U (a second
-one travels: some of the 10 %); 3: 16 P/N + 2 gathered units + 2 buckets. At stage 3 start-up never holds half of the model's parameters."""
+Formula (f32, P parameters, N ranks, U those of the embedding and one block, which are neighbours): stage 0: 16 P; 1: 8 P + 8 P/N; 2: 4 P + 12 P/N
++ buckets of U; 3: 16 P/N + gathered units and buckets of U. The head's gradient is a second one of the embedding, of which a piece is kept until
+both are added: that is some of the 10 %. At stage 3 start-up never holds half of the model's parameters."""
 
 import json
 import pathlib
@@ -13,15 +14,15 @@ import tempfile
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "support"))
 import runs
 
-RANKS, LAYERS, WIDTH, LENGTH = 4, 16, 512, 16
-MODEL = [f"--layers={LAYERS}", f"--width={WIDTH}", "--heads=8", f"--sequence_length={LENGTH}"]
-BLOCK = 12 * WIDTH * WIDTH + 13 * WIDTH
-PARAMETERS = LAYERS * BLOCK + (256 + LENGTH + 2) * WIDTH
+RANKS, LAYERS, WIDTH, LENGTH, VOCABULARY = 4, 8, 512, 16, 50257
+MODEL = [f"--layers={LAYERS}", f"--width={WIDTH}", "--heads=8", f"--sequence_length={LENGTH}", f"--vocab_size={VOCABULARY}"]
+BLOCK, EMBEDDING = 12 * WIDTH * WIDTH + 13 * WIDTH, (VOCABULARY + LENGTH) * WIDTH
+PARAMETERS = LAYERS * BLOCK + EMBEDDING + 2 * WIDTH
 
 
 def formula(stage):
-    p, n, unit = 4 * PARAMETERS, RANKS, 4 * BLOCK
-    return {0: 4 * p, 1: 2 * p + 2 * p / n, 2: p + 3 * p / n + unit, 3: 4 * p / n + 4 * unit}[stage]
+    p, n, units = 4 * PARAMETERS, RANKS, 4 * (EMBEDDING + BLOCK)
+    return {0: 4 * p, 1: 2 * p + 2 * p / n, 2: p + 3 * p / n + units, 3: 4 * p / n + 2 * units}[stage]
 
 
 def main():

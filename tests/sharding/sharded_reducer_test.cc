@@ -108,56 +108,65 @@ TEST(ShardedGradientsTest, SquaresMergedOverRanksCountEachElementOnce) {
   }
 }
 
-// Parameters 1 and 7 are one weight, used twice: a tree for each use, then first + second.
+// Embedding and head are one weight, used twice: a tree for each use, then first + second. Where a rank sends one root
+// of each (8 leaves), the first use's gradients are summed where the second one's were, if those came first.
 TEST(ShardedGradientsTest, ATiedWeightGetsTheSumOfItsUsesTrees) {
-  constexpr int64_t kLeaves = 13;
-  for (const Layout& layout : kLayouts) {
-    run_local_ranks(layout.world_size, [&](ProcessGroup& group) {
-      for (const bool streams : {false, true}) {
-        const at::Tensor weight = torch::zeros({17, 5}, torch::requires_grad()),
-                         other = torch::zeros({31, 33}, torch::requires_grad());
-        const at::Tensor alias = weight.detach().requires_grad_();
-        const std::vector<NamedParameter> named = {
-            {"embedding", weight}, {"block", other}, {"head", alias, /*first_use=*/0}};
-        std::unique_ptr<GradientSync> sync;
-        ShardedReducer* rounds = nullptr;
-        if (streams) {
-          auto reducer = std::make_unique<ShardedReducer>(
-              group, named,
-              ShardedReducerOptions{.num_leaves = kLeaves, .num_shards = layout.num_shards, .units = {{0, 1}, {2}}});
-          rounds = reducer.get();
-          sync = std::move(reducer);
-        } else {
-          sync = std::make_unique<GradientReducer>(
-              group, named, GradientReducerOptions{.num_leaves = kLeaves, .num_shards = layout.num_shards});
+  const std::function<at::Tensor(int64_t, int64_t)> second_tree = [&](int64_t begin, int64_t end) -> at::Tensor {
+    if (end - begin == 1) return leaf_gradient(begin + 100, 1);
+    int64_t half = 1;
+    while (2 * half < end - begin) half *= 2;
+    return second_tree(begin, begin + half) + second_tree(begin + half, end);
+  };
+  for (const int64_t num_leaves : {8, 13}) {
+    const at::Tensor sum = tree_sum(0, num_leaves, 1) + second_tree(0, num_leaves);
+    for (const Layout& layout : kLayouts) {
+      run_local_ranks(layout.world_size, [&](ProcessGroup& group) {
+        for (const bool streams : {false, true}) {
+          const at::Tensor weight = torch::zeros({17, 5}, torch::requires_grad()),
+                           other = torch::zeros({31, 33}, torch::requires_grad());
+          const at::Tensor alias = weight.detach().requires_grad_();
+          const std::vector<NamedParameter> named = {
+              {"embedding", weight}, {"block", other}, {"head", alias, /*first_use=*/0}};
+          std::unique_ptr<GradientSync> sync;
+          ShardedReducer* rounds = nullptr;
+          if (streams) {
+            auto reducer = std::make_unique<ShardedReducer>(
+                group, named,
+                ShardedReducerOptions{
+                    .num_leaves = num_leaves, .num_shards = layout.num_shards, .units = {{0, 1}, {2}}});
+            rounds = reducer.get();
+            sync = std::move(reducer);
+          } else {
+            sync = std::make_unique<GradientReducer>(
+                group, named, GradientReducerOptions{.num_leaves = num_leaves, .num_shards = layout.num_shards});
+          }
+          sync->attach_lane({weight, other, alias});
+          for (int step = 0; step < 4; ++step) {
+            const bool first_use_comes_first = (step + group.rank()) % 3 == 1;
+            sync->begin_step();
+            const auto leaves = sync->leaves();
+            for (const int64_t leaf : leaves) {
+              sync->begin_leaf(0, leaf);
+              const auto first = [&] { return (weight * leaf_gradient(leaf, 1)).sum(); };
+              const auto second = [&] { return (alias * leaf_gradient(leaf + 100, 1)).sum(); };
+              const at::Tensor made_first = first_use_comes_first ? second() : first();
+              const at::Tensor between = made_first + (other * leaf_gradient(leaf, 4)).sum();
+              (between + (first_use_comes_first ? first() : second())).backward();
+              sync->end_leaf(0);
+            }
+            for (auto k = static_cast<int64_t>(leaves.size()); rounds && k < rounds->num_rounds(); ++k)
+              rounds->absent_leaf();
+            sync->reduce();
+            sync->wait();
+            const int shard = group.rank() % layout.num_shards;
+            EXPECT_TRUE(same_bits(sync->grad(0), shard_of(sum, shard, layout.num_shards).contiguous()))
+                << (streams ? "streaming" : "accumulating") << " on " << layout.world_size << ", step " << step << ", "
+                << num_leaves << " leaves";
+            EXPECT_FALSE(sync->grad(2).defined());
+          }
         }
-        sync->attach_lane({weight, other, alias});
-        sync->begin_step();
-        const auto leaves = sync->leaves();
-        for (const int64_t leaf : leaves) {
-          sync->begin_leaf(0, leaf);
-          ((weight * leaf_gradient(leaf, 1)).sum() + (other * leaf_gradient(leaf, 4)).sum() +
-           (alias * leaf_gradient(leaf + 100, 1)).sum())
-              .backward();
-          sync->end_leaf(0);
-        }
-        for (auto k = static_cast<int64_t>(leaves.size()); rounds && k < rounds->num_rounds(); ++k)
-          rounds->absent_leaf();
-        sync->reduce();
-        sync->wait();
-        const std::function<at::Tensor(int64_t, int64_t)> second_tree = [&](int64_t begin, int64_t end) -> at::Tensor {
-          if (end - begin == 1) return leaf_gradient(begin + 100, 1);
-          int64_t half = 1;
-          while (2 * half < end - begin) half *= 2;
-          return second_tree(begin, begin + half) + second_tree(begin + half, end);
-        };
-        const at::Tensor sum = tree_sum(0, kLeaves, 1) + second_tree(0, kLeaves);
-        const int shard = group.rank() % layout.num_shards;
-        EXPECT_TRUE(same_bits(sync->grad(0), shard_of(sum, shard, layout.num_shards).contiguous()))
-            << (streams ? "streaming" : "accumulating") << " on " << layout.world_size;
-        EXPECT_FALSE(sync->grad(2).defined());
-      }
-    });
+      });
+    }
   }
 }
 

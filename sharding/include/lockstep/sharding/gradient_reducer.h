@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include <lockstep/flight/ring.h>
@@ -29,7 +30,8 @@ struct GradientReducerOptions {
 /// registration order (about the order of backward), sent together as soon as every parameter's roots are complete;
 /// bucket k leaves only after bucket k - 1, on every rank. How it is cut: bucket_layout.h.
 ///
-/// Memory: a gradient set, and a set more for each further root and each level of the tree between micro-batches.
+/// Memory: a gradient set, and a set more for each further root and each level of the tree between micro-batches. A
+/// tied weight is one of it where each rank sends one root: the second use's leaves before the first one's is complete.
 /// Cost: one add a gradient element a leaf, (N-1)/N x bytes sent once, or twice where whole gradients are gathered.
 class GradientReducer : public GradientSync {
  public:
@@ -54,12 +56,16 @@ class GradientReducer : public GradientSync {
   struct Slot;
 
   void build_buckets();
+  std::optional<size_t> lender_to(size_t first_use) const;
   void allocate(Bucket& bucket);
   bool computes(int64_t leaf) const override { return leaf >= share_.begin && leaf < share_.end; }
   void deliver(int64_t leaf, size_t parameter, at::Tensor grad) override;
   void complete_root(size_t parameter, size_t root, const at::Tensor& left, const at::Tensor& right);
   void launch_ready_buckets(size_t bucket);
+  void take_over_root(Bucket& bucket);
+  void finish_before(const Bucket& bucket);
   void reduce_bucket(Bucket& bucket);
+  void finish_ordered(Bucket& bucket);
   bool wants_gather(const Bucket& bucket) const;
   void gather(Bucket& bucket);
   metrics::TraceSpan span(const char* name, const Bucket& bucket) const;
