@@ -60,8 +60,8 @@ struct Options {
   int64_t job_start = 0;  ///< which of its starts this is
   bool take_over = false;
   bool trust_foreign_checkpoint = false;  ///< load checkpoints that belong to another user
-  std::string share = "none";             ///< none | group: who else may read what the run writes
   bool core_dumps = false;                ///< whether a crash may leave a core file (run_training.h)
+  std::string share = "none";             ///< none | group: who else may read what the run writes
 
   // watch
   int64_t eval_interval_steps = 250;  ///< <= 0: only after the last step
