@@ -32,9 +32,8 @@ const std::vector<Arguments::Flag> kFlags = {
      "look at each of these hosts, through ssh or Open MPI's plm_rsh_agent, and at what is between them"},
     {"hostfile", "FILE", "the same for the hosts of a hostfile"},
     {"short", nullptr,
-     "only what takes milliseconds: what `lockstep run` looks at on every host before its first start; of a run_dir "
-     "that "
-     "is not there yet, whether it can be made"},
+     "only what takes milliseconds, as `lockstep run` does on every host before its first start; whether a run_dir "
+     "that is not there yet can be made"},
     {"json", nullptr, "one JSON list instead of lines"},
 };
 

@@ -83,8 +83,7 @@ at::Tensor LayerStack::run_stage(size_t chunk, at::Tensor x, bool is_last, const
   }
   if (!stage_->output) {
     throw ConfigError(
-        "the task's loss does not call the model's forward, so no pipeline can compute it. Mend: call forward(), once "
-        "a "
+        "the task's loss does not call the model's forward, so no pipeline can compute it. Mend: call forward() once a "
         "micro-batch, or --pipeline_parallel_size=1");
   }
   return *stage_->output;
@@ -95,8 +94,7 @@ at::Tensor LayerStack::forward(const std::vector<at::Tensor>& batch) {
   if (stage_->output) {
     throw ConfigError(
         "the task's loss calls the model's forward twice in a micro-batch, so no pipeline can compute it. Mend: call "
-        "it "
-        "once, or --pipeline_parallel_size=1");
+        "it once, or --pipeline_parallel_size=1");
   }
   stage_->output = run(stage_->chunk, std::move(stage_->x), batch);
   if (!stage_->is_last) throw StageIsDone();

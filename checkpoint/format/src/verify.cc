@@ -57,8 +57,7 @@ std::string doubt(const Reader& reader, const std::string& expected) {
     if (file.sha256.empty()) {
       return manifest + " has no SHA-256 of '" + file.name +
              "', so nothing vouches for that. Mend: train with --checkpoint_sha256; without --expect_sha256 its CRCs "
-             "are "
-             "checked";
+             "are checked";
     }
   }
   return "";
