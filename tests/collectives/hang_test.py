@@ -87,7 +87,11 @@ def check(process, folder, name, fault, culprit):
         said = process.communicate(timeout=T + 60)[0]
     except subprocess.TimeoutExpired:
         return f"{name}: does not end"
-    records = list(folder.glob("hang-*.json"))
+    # Ranks whose calls differ may find it themselves and be gone; their agent says so once it has seen that.
+    records, deadline = [], time.monotonic() + 10
+    while not records and time.monotonic() < deadline:
+        records = list(folder.glob("hang-*.json"))
+        time.sleep(0.01)
     if len(records) != 1:
         return f"{name}: {len(records)} verdicts; it ended with {process.returncode}: {said}"
     record = json.loads(records[0].read_text())

@@ -1,6 +1,8 @@
+#include <limits>
 #include <utility>
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/mul.h>
 
 #include <lockstep/base/counter_random.h>
@@ -114,7 +116,8 @@ void fill_box(const at::Tensor& part, at::IntArrayRef shape, const std::vector<i
   shape_alone.storage().unsafeGetStorageImpl()->release_data_and_set_meta_custom_data_ptr_error_msg_(
       "only a part of this parameter is here");
   if (Box box{shape_alone, part, offsets}; fills_part(box, fill)) return;
-  const at::Tensor whole = at::empty(shape, part.options().requires_grad(false));
+  constexpr double kNothing = std::numeric_limits<double>::quiet_NaN();
+  const at::Tensor whole = at::full(shape, kNothing, part.options().requires_grad(false));
   fill(whole);
   at::Tensor box = whole;
   for (int64_t dim = 0; dim < part.dim(); ++dim) box = box.narrow(dim, offsets[dim], part.size(dim));

@@ -1,6 +1,8 @@
 #include "parallel_model.h"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <map>
 #include <optional>
 
@@ -332,8 +334,12 @@ void ParallelModel::initialize(uint64_t seed) {
     if (!fully_sharded_ && parameter.first_use >= 0) continue;
     const nn::MemoryScope memory(nn::MemoryKind::kParameters);
     const bool is_cut = fully_sharded_ && parameter.tensor.dim() > 0;
-    fill_part(local_part(i), parameter.placement, fill,
-              is_cut ? row_range(parameter.tensor.size(0), shard, shards).begin : 0);
+    const at::Tensor part = local_part(i).detach();
+    if (fully_sharded_) part.fill_(std::numeric_limits<double>::quiet_NaN());  // memory that nobody wrote to so far
+    fill_part(part, parameter.placement, fill, is_cut ? row_range(parameter.tensor.size(0), shard, shards).begin : 0);
+    if (std::isnan(part.sum().item<double>()))
+      throw ConfigError("the task's initialize() leaves NaN or nothing in '" + parameter.own_name +
+                        "'. Mend: fill every parameter there, for example by nn::fill_constant()");
   }
 }
 

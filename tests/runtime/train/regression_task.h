@@ -64,6 +64,7 @@ class RegressionTask : public Task {
   std::function<void(torch::nn::Module& model)> before_forward;             ///< likewise
   std::function<void(torch::nn::Module&)> when_finished;
   std::string config = "{}";
+  std::string forgotten;  ///< by initialize()
   bool batch_norm = false, is_noisy = false;
 
   std::string name() const override { return "regression"; }
@@ -75,7 +76,7 @@ class RegressionTask : public Task {
     return model.ptr();
   }
   void initialize(const std::string& parameter_name, const at::Tensor& parameter, uint64_t seed) override {
-    nn::fill_normal(parameter, seed, parameter_name, 0.5);
+    if (parameter_name != forgotten) nn::fill_normal(parameter, seed, parameter_name, 0.5);
   }
   std::shared_ptr<const data::Dataset> training_data() override { return training; }
   std::shared_ptr<const data::Dataset> validation_data() override { return validation; }

@@ -343,6 +343,12 @@ class TrainerMistakeTest : public TrainerTest {
 };
 INSTANTIATE_TEST_SUITE_P(Once, TrainerMistakeTest, testing::Values(2));
 
+TEST_P(TrainerMistakeTest, AParameterThatNobodyFillsIsNamed) {
+  options_.zero_stage = 3;
+  expect_refusal([](RegressionTask& task) { task.forgotten = "2.bias"; },
+                 AllOf(HasSubstr("'2.bias'"), HasSubstr("Mend")));
+}
+
 TEST_P(TrainerMistakeTest, AChangedConfigurationIsRefusedByKeyUntilItIsAccepted) {
   options_.steps = 5;
   run_on(2, options_);
