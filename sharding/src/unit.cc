@@ -23,7 +23,8 @@ std::vector<FoundUnit> find_units(torch::nn::Module& model) {
     auto* unit = dynamic_cast<UnitBase*>(item.value().get());
     if (!unit || item.value()->parameters().empty()) continue;  // nothing to gather or to make again
     for (const auto& parameter : item.value()->named_parameters()) {
-      const std::string full_name = name.empty() ? parameter.key() : name + "." + parameter.key();
+      const std::string full_name =
+          name.empty() ? parameter.key() : std::string(name).append(".").append(parameter.key());
       if (!unit_of_name.emplace(full_name, units.size()).second) {
         throw ConfigError("unit " + name + " lies inside another unit: both would own " + full_name +
                           ". Mend: mark the outer or the inner one");
