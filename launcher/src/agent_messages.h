@@ -10,6 +10,13 @@
 
 namespace lockstep::launcher {
 
+/// How long one rank computed in its last steps.
+struct RankTime {
+  int32_t rank = 0;
+  int64_t timed_steps = 0, compute_ns = 0;  ///< as in flight::RankReport
+  friend bool operator==(const RankTime&, const RankTime&) = default;
+};
+
 /// What agents and their supervisor say to each other over a SecureChannel. A body is a letter, then:
 ///
 ///   agent       h  JSON {"host":"n3","ranks":[[2,12,1400000000]],"timeout_ms":3000,"step":12,"out_of_memory_kills":0}
@@ -21,11 +28,6 @@ namespace lockstep::launcher {
 ///               e  nothing: the job is over, the agent has nothing more to say about it
 ///
 /// There is no word that ends or starts anything: a supervisor ends a job through mpirun, which started it.
-struct RankTime {
-  int32_t rank = 0;
-  int64_t timed_steps = 0, compute_ns = 0;  ///< as in flight::RankReport
-  friend bool operator==(const RankTime&, const RankTime&) = default;
-};
 struct Heartbeat {
   std::string host;
   std::vector<RankTime> ranks;      ///< those it has found so far

@@ -24,8 +24,8 @@ constexpr milliseconds kAskAgain{500};
 constexpr milliseconds kOthersCall{200};     // before a mismatch is believed: it is the many who are right
 constexpr milliseconds kOthersDecide{1000};  // for what only an agent without a connection can know
 constexpr milliseconds kTogether{700};       // nodes that fell silent within a heartbeat did so by one cause
+constexpr milliseconds kSilent{1'000};       // one that does not answer is silent to the verdict
 constexpr milliseconds kStragglersLook{1'000}, kStragglersPause{60'000};
-constexpr milliseconds kSilent{1'000};  // one that does not answer is silent to the verdict
 
 int64_t ns(std::chrono::steady_clock::duration time) { return std::chrono::duration_cast<nanoseconds>(time).count(); }
 
