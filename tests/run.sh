@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs every test of build/release, and under ASan+UBSan and TSan those without torch; with LOCKSTEP_DEEP=1 collectives and data too. Prints the
-# time of each stage and, at the end, every skipped test with its reason: nothing is skipped silently.
+# time of each stage and, at the end, every skipped test with its reason and what each failed test said last: nothing is skipped or fails silently.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 jobs=$(nproc)
@@ -34,5 +34,10 @@ grep -hB1 -E "\[  SKIPPED \] .*\(" "$logs/release.log" | sed 's/^[0-9]*: //' | g
 if [ -e build/release-configure.log ]; then sed -n 's/^-- CUDA plug-in: left out/SKIPPED: collectives_nccl, collectives_nccl_double: left out/p' build/release-configure.log >> "$logs/skipped"; fi
 echo "skipped: $(wc -l < "$logs/skipped")"
 cat "$logs/skipped"
+# "68: what test 68 said": the end of it for each that failed.
+grep -ohP '^\s+\K\d+(?= - .*\((Failed|Timeout|.*Exception.*|Not Run)\))' "$logs/release.log" | while read -r number; do
+  echo "=== the end of test $number"
+  grep "^$number: " "$logs/release.log" | tail -n 25 | cut -c 1-400
+done
 grep -hE "^[0-9]+% tests passed" "$logs"/{asan,tsan,release}.log
 exit $failed

@@ -148,7 +148,7 @@ class LocalGroup : public ProcessGroup {
     start("barrier", at::empty({0}, at::kByte), {}, timeout, [](const Round&, int) {}).wait();
   }
 
-  std::unique_ptr<ProcessGroup> split(int color, int key, const std::string& name) override;
+  std::unique_ptr<ProcessGroup> make_part(int color, int key, const std::string& name) override;
   void close() override {}
   void abort() noexcept override { shared_->abort(); }
 
@@ -303,7 +303,7 @@ Work LocalGroup::start(const std::string& operation, const at::Tensor& input, st
   return Work(std::make_unique<Collective>(shared_, std::move(round), rank_, timeout, std::move(finish)));
 }
 
-std::unique_ptr<ProcessGroup> LocalGroup::split(int color, int key, const std::string& name) {
+std::unique_ptr<ProcessGroup> LocalGroup::make_part(int color, int key, const std::string& name) {
   const int64_t number = sequence_;
   struct Choice {
     int color, key;
@@ -322,9 +322,7 @@ std::unique_ptr<ProcessGroup> LocalGroup::split(int color, int key, const std::s
   if (shared_->aborted) throw CollectiveError("group " + shared_->name + " was aborted before it was split");
   auto& child = shared_->children[{number, color}];
   if (!child) child = std::make_shared<Shared>(static_cast<int>(members.size()), name);
-  auto part = std::make_unique<LocalGroup>(child, static_cast<int>(place));
-  part->set_control_timeout(control_timeout());
-  return part;
+  return std::make_unique<LocalGroup>(child, static_cast<int>(place));
 }
 
 }  // namespace

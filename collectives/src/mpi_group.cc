@@ -192,13 +192,11 @@ class MpiGroup : public ProcessGroup {
     pending->wait();
   }
 
-  std::unique_ptr<ProcessGroup> split(int color, int key, const std::string& name) override {
+  std::unique_ptr<ProcessGroup> make_part(int color, int key, const std::string& name) override {
     refuse_if_broken("split");
     MPI_Comm part = MPI_COMM_NULL;
     check_mpi(MPI_Comm_split(comm_.get(), color, key, &part), "splitting " + name_ + " into " + name);
-    auto group = std::make_unique<MpiGroup>(UniqueMpiComm(part), name, options_);
-    group->set_control_timeout(control_timeout());
-    return group;
+    return std::make_unique<MpiGroup>(UniqueMpiComm(part), name, options_);
   }
 
   void close() override { *broken_ ? void(comm_.release()) : comm_.reset(); }

@@ -39,6 +39,12 @@ at::Tensor ProcessGroup::empty_mapped(int64_t numel, at::TensorOptions options) 
 
 std::unique_ptr<Shown> ProcessGroup::show(const std::vector<at::Tensor>&, Milliseconds) { return nullptr; }
 
+std::unique_ptr<ProcessGroup> ProcessGroup::split(int color, int key, const std::string& name) {
+  auto part = make_part(color, key, name);
+  part->set_control_timeout(control_timeout_);
+  return part;
+}
+
 std::string all_gather_bytes(ProcessGroup& group, std::span<const std::byte> value) {
   const auto n = static_cast<int64_t>(value.size());
   at::Tensor mine = at::empty({n}, at::kByte), all = at::empty({n * group.size()}, at::kByte);

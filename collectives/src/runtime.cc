@@ -1,5 +1,6 @@
 #include <csignal>
 #include <cstdlib>
+#include <iostream>
 #include <thread>
 
 #include <sys/prctl.h>
@@ -192,6 +193,16 @@ int run_rank(const RuntimeOptions& options, const std::function<int(Runtime&)>& 
     if (mpi_is_up()) MPI_Abort(MPI_COMM_WORLD, code);
     std::_Exit(code);  // destructors could wait for peers that are gone
   }
+}
+
+int report_before_run(const Error& error) {
+  install_stop_handlers();
+  const int code = static_cast<int>(error.exit_code()), rank = rank_info_from_environment(process_environment()).rank;
+  if (rank == 0 || !rank_zero_says_it()) {
+    LaunchRecords::from_environment(process_environment()).say_failed(rank, code, error.what());
+    std::cerr << program_invocation_name << ": " << error.what() << std::endl;
+  }
+  return code;
 }
 
 }  // namespace lockstep

@@ -110,11 +110,9 @@ class ShmGroup : public ProcessGroup {
     return shm_show(channel_, tensors, timeout);
   }
 
-  std::unique_ptr<ProcessGroup> split(int color, int key, const std::string& name) override {
+  std::unique_ptr<ProcessGroup> make_part(int color, int key, const std::string& name) override {
     channel_->refuse_if_broken("split");
-    auto part = std::make_unique<ShmGroup>(control_->split(color, key, name), channel_->memory, channel_->options);
-    part->set_control_timeout(control_timeout());
-    return part;
+    return std::make_unique<ShmGroup>(control_->split(color, key, name), channel_->memory, channel_->options);
   }
 
   void close() override {

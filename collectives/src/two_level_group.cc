@@ -304,7 +304,7 @@ class TwoLevelGroup : public ProcessGroup {
     return empty_in(*shared_->node->memory, numel, options);
   }
 
-  std::unique_ptr<ProcessGroup> split(int color, int key, const std::string& name) override;
+  std::unique_ptr<ProcessGroup> make_part(int color, int key, const std::string& name) override;
 
   void close() override {
     retire(*shared_->node);
@@ -398,10 +398,9 @@ std::unique_ptr<ProcessGroup> make_levels(std::unique_ptr<ProcessGroup> world, s
   return std::make_unique<TwoLevelGroup>(std::move(shared));
 }
 
-std::unique_ptr<ProcessGroup> TwoLevelGroup::split(int color, int key, const std::string& name) {
+std::unique_ptr<ProcessGroup> TwoLevelGroup::make_part(int color, int key, const std::string& name) {
   refuse_if_broken("split");
   auto part = shared_->world->split(color, key, name);
-  part->set_control_timeout(control_timeout());
   const int mine = shared_->nodes[rank()];
   const std::string all = all_gather_bytes(*part, std::as_bytes(std::span(&mine, 1)));
   std::vector<int> nodes(part->size());

@@ -162,10 +162,9 @@ class WatchedGroup : public ProcessGroup {
     return nullptr;
   }
 
-  std::unique_ptr<ProcessGroup> split(int color, int key, const std::string& name) override {
+  std::unique_ptr<ProcessGroup> make_part(int color, int key, const std::string& name) override {
     Blocking call(*ring_, *group_, {.op = Op::kSplit});
     std::unique_ptr<ProcessGroup> child = inner_->split(color, key, name);
-    child->set_control_timeout(control_timeout());
     std::vector<int32_t> members(static_cast<size_t>(child->size()), ring_->header().rank);
     if (child->size() > 1) {
       const std::string all = all_gather_bytes(*child, std::as_bytes(std::span(members.data(), 1)));

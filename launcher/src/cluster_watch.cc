@@ -17,7 +17,8 @@ namespace {
 using std::chrono::milliseconds;
 
 constexpr size_t kOwnDescriptors = 128;
-constexpr milliseconds kLastWords{400};  // of agents whose ranks are being ended
+constexpr milliseconds kLastWords{400};    // of agents whose ranks are being ended
+constexpr milliseconds kSlowWords{2'000};  // of all but one
 
 std::vector<NodeWatch::Node> nodes_of(const Placement& placement) {
   std::vector<NodeWatch::Node> nodes;
@@ -154,8 +155,8 @@ void ClusterWatch::tell_of_strangers() {
 }
 
 template <typename Condition>
-void ClusterWatch::receive_while(Condition condition) {
-  const auto end = Clock::now() + kLastWords;
+void ClusterWatch::receive_while(milliseconds limit, Condition condition) {
+  const auto end = Clock::now() + limit;
   while (Clock::now() < end && condition()) {
     pollfd ready{server_->fd(), POLLIN, 0};
     ::poll(&ready, 1, 20);
@@ -169,12 +170,13 @@ void ClusterWatch::finish(const JobEnd& end) {
   const std::optional<int> rank = end.scan.dead_rank();
   if (end.scan.lost_host()) {  // the ranks of the other hosts are being ended
     send(watch_.ask(Clock::now()), Clock::now());
-    receive_while([&] { return !watch_.have_answered(); });
+    receive_while(kLastWords, [&] { return !watch_.have_answered(); });
+    receive_while(kSlowWords, [&] { return watch_.unanswered().size() > 1; });  // a busy machine is slow to answer
     loss_ = watch_.loss(Clock::now());
   }
   const bool ended_by_us = end.was_asked || end.was_ended_by_us;  // that is no death to tell of
   if (!loss_ && !ended_by_us && watch_.death(rank)) {
-    receive_while([&] { return !agent_of_node_.empty(); });
+    receive_while(kLastWords, [&] { return !agent_of_node_.empty(); });
     death_ = watch_.death(rank);
   }
   tell_over(Clock::now());

@@ -44,7 +44,7 @@ class ClusterWatch : public JobWatch {
   void take(uint64_t agent, const std::string& body, Clock::time_point now);
   void send(const std::vector<std::pair<size_t, Ask>>& asks, Clock::time_point now);
   template <typename Condition>
-  void receive_while(Condition condition);
+  void receive_while(std::chrono::milliseconds limit, Condition condition);
   void tell_over(Clock::time_point now);
   void tell_of_strangers();
 

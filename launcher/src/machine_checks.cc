@@ -50,6 +50,18 @@ bool is_for_good(int error_number) {
 
 }  // namespace
 
+std::optional<uint64_t> memory_free_of_cgroup(const std::string& folder) {
+  uint64_t limit = 0, used = 0, cached = 0;
+  if (!(std::ifstream(folder + "/memory.max") >> limit) || !(std::ifstream(folder + "/memory.current") >> used))
+    return std::nullopt;  // "max": no limit
+  std::ifstream stat(folder + "/memory.stat");
+  for (auto [key, bytes] = std::pair(std::string(), uint64_t{0}); stat >> key >> bytes;) {
+    if (key == "inactive_file" || key == "active_file") cached += bytes;
+  }
+  used -= std::min(used, cached);
+  return limit - std::min(limit, used);
+}
+
 Finding check_memory(uint64_t least_mib) {
   std::ifstream file("/proc/meminfo");
   uint64_t kib = 0;
@@ -57,9 +69,7 @@ Finding check_memory(uint64_t least_mib) {
     if (key == "MemAvailable:") file >> kib;
   }
   uint64_t mib = kib >> 10;
-  std::ifstream limit_file("/sys/fs/cgroup/memory.max"), used_file("/sys/fs/cgroup/memory.current");
-  uint64_t limit = 0, used = 0;
-  if (limit_file >> limit && used_file >> used) mib = std::min(mib, limit > used ? (limit - used) >> 20 : 0);
+  if (const auto free = memory_free_of_cgroup("/sys/fs/cgroup")) mib = std::min(mib, *free >> 20);
   return {"memory", mib >= least_mib, std::to_string(mib) + " MiB available",
           "free some: a rank needs about 120 MiB before its model", kNode};
 }

@@ -1,12 +1,17 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "finding.h"
 
 namespace lockstep::launcher {
+
+/// Bytes that the cgroup (v2) at `folder` may still take before its limit, what it could drop from its file cache
+/// included; nullopt: no limit. Source: docs.kernel.org/admin-guide/cgroup-v2.html, "Memory Interface Files".
+std::optional<uint64_t> memory_free_of_cgroup(const std::string& folder);
 
 // What `lockstep doctor` looks at on this machine and a start looks at too, in milliseconds. A start bears with less.
 Finding check_memory(uint64_t least_mib = 1024);

@@ -154,6 +154,14 @@ bool NodeWatch::have_answered() const {
                      [&](size_t node) { return nodes_[node].answered >= asked_ || nodes_[node].has_ended; });
 }
 
+std::vector<size_t> NodeWatch::unanswered() const {
+  std::vector<size_t> nodes;
+  for (size_t i = 0; i < nodes_.size(); ++i) {
+    if (nodes_[i].was_heard && !nodes_[i].has_ended && nodes_[i].answered < asked_) nodes.push_back(i);
+  }
+  return nodes;
+}
+
 std::vector<std::pair<size_t, Ask>> NodeWatch::ask(Clock::time_point now) {
   ++asked_;
   asked_nodes_.clear();
@@ -216,9 +224,7 @@ bool NodeWatch::find_lost(Clock::time_point now) {
 
 std::optional<ClusterFinding> NodeWatch::loss(Clock::time_point now) const {
   std::vector<const State*> lost;
-  for (const State& node : nodes_) {
-    if (node.was_heard && !node.has_ended && node.answered < asked_) lost.push_back(&node);
-  }
+  for (const size_t node : unanswered()) lost.push_back(&nodes_[node]);
   return finding_ || lost.empty() ? std::nullopt : std::optional(loss_of(lost, now));
 }
 

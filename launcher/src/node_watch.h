@@ -59,10 +59,11 @@ class NodeWatch {
   /// A rank that died, if one did and none said why: for the record, as mpirun ends the job then.
   /// @param rank that mpirun names, if it does: agents of several hosts cannot know which of two died first.
   std::optional<ClusterFinding> death(std::optional<int32_t> rank) const;
-  /// Asks all nodes once more, where mpirun has ended the job because a host is lost; those that did not answer when
-  /// have_answered(), or the caller's patience is over, are.
+  /// Asks all nodes once more, where mpirun has ended the job because a host is lost; those that are unanswered() when
+  /// the caller's patience is over are.
   std::vector<std::pair<size_t, Ask>> ask(Clock::time_point now);
-  bool have_answered() const;
+  bool have_answered() const;  ///< but those that had been silent before
+  std::vector<size_t> unanswered() const;
   std::optional<ClusterFinding> loss(Clock::time_point now) const;
 
  private:

@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "support"))
@@ -37,6 +38,25 @@ def disturb(job, run_dir, what, deed, expected_map, limit_s):
     assert mapped - at < limit_s, f"{what}: found after {mapped - at:.1f} s, not {limit_s}"
 
 
+def agent_of_rank(rank, run_dir):
+    for process in pathlib.Path("/proc").iterdir():
+        try:
+            if b"\0agent\0" in (process / "cmdline").read_bytes() and f"\0OMPI_COMM_WORLD_RANK={rank}\0".encode() in (told := (process / "environ").read_bytes()):
+                if f"={run_dir}/".encode() in told:
+                    return int(process.name)
+        except OSError:  # no process, or it ended meanwhile
+            continue
+    raise AssertionError(f"rank {rank} has no agent")
+
+
+def crash_beside_slow_agent(home, run_dir):
+    """n2 crashes, and for a second the agent of n1 has no processor: it lives, so its host is not lost."""
+    slow = agent_of_rank(0, run_dir)
+    os.kill(slow, signal.SIGSTOP)
+    threading.Timer(1, os.kill, (slow, signal.SIGCONT)).start()
+    lab("crash", home, "n2")
+
+
 def main():
     bin_dir = pathlib.Path(sys.argv[1])
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +72,7 @@ def main():
             try:
                 kill = lambda: os.kill(random.choice(runs.processes_of(run_dir, "gpt")), signal.SIGKILL)
                 disturb(job, run_dir, "a rank is killed", kill, "ranks 0 on n1, 1 on n2, 2 on n3, 3 on n4", 20)
-                disturb(job, run_dir, "a host crashes", lambda: lab("crash", home, "n2"), "ranks 0 on n1, 1 on n3, 2 on n4; not used: n2", 20)
+                disturb(job, run_dir, "a host crashes while another's agent is slow", lambda: crash_beside_slow_agent(home, run_dir), "ranks 0 on n1, 1 on n3, 2 on n4; not used: n2", 20)
                 disturb(job, run_dir, "a host falls silent", lambda: lab("cut", home, "n4"), "ranks 0 on n1, 1 on n3; not used: n2, n4", 30)
                 lab("boot", home, "n2")
                 disturb(job, run_dir, "rank 0's host crashes, another is back", lambda: lab("crash", home, "n1"), "ranks 0 on n2, 1 on n3; not used: n1, n4", 20)

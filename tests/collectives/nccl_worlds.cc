@@ -56,7 +56,7 @@ class ThroughDevice : public test::ForwardingGroup {
     const at::Tensor there = on_device(tensor);
     return brings_back(ForwardingGroup::recv(there, from, tag, timeout), tensor, there);
   }
-  std::unique_ptr<ProcessGroup> split(int color, int key, const std::string& name) override {
+  std::unique_ptr<ProcessGroup> make_part(int color, int key, const std::string& name) override {
     return std::unique_ptr<ProcessGroup>(new ThroughDevice(ForwardingGroup::split(color, key, name)));
   }
 

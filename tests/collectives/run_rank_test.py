@@ -90,6 +90,12 @@ def test_a_mistake_all_ranks_share_is_said_once():
             assert said.count(f"--{name.lower()}={value} is neither") == 1, said
 
 
+def test_so_is_one_before_the_ranks_have_met():
+    for ranks, who in ((0, None), (3, None), (3, 1)):
+        with Job("flags", ranks, who) as job:
+            assert job.end(78).count("a flag is wrong") == 1
+
+
 def test_other_errors_are_each_ranks_own_news():
     with Job("data", 2) as job:
         assert "a shard is torn" in job.end(65)

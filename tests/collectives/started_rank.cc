@@ -2,6 +2,7 @@
 // deed; with RANK only that rank does it, the others wait in a barrier:
 //   return, return9   end with 0, with 9
 //   config, data, storage, peer, hang, fenced, check, standard, torch, number   throws that kind of error
+//   flags     finds a mistake before run_rank(), rank 0 last of all
 //   stop      until a stop is requested; FOLDER/stopped.<rank> says that it came
 //   map       as stop, with 64 MiB of mapped memory
 //   say       rank, size, back end and device on standard output
@@ -49,6 +50,11 @@ std::string variable(const char* name, const char* otherwise) {
 int main(int argc, char** argv) {
   const std::string deed = argv[1], folder = argv[2];
   const int who = argc > 3 ? std::atoi(argv[3]) : -1;
+  const int me = rank_info_from_environment(process_environment()).rank;
+  if (deed == "flags" && (who == -1 || who == me)) {
+    if (me == 0) std::this_thread::sleep_for(std::chrono::milliseconds(500));
+    return report_before_run(ConfigError("a flag is wrong"));
+  }
   return run_rank({.device = variable("DEVICE", "auto"), .backend = variable("BACKEND", "auto")},
                   [&](Runtime& runtime) {
                     const int rank = runtime.info().rank;

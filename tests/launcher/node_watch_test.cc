@@ -342,7 +342,9 @@ TEST(NodeWatch, NodesThatDoNotAnswerWhenMpirunLostAHostAreTheLostOnes) {
   EXPECT_EQ(asks.size(), 4U);
   for (const size_t node : {0, 2}) cluster.watch().reported(node, {asks[node].second.number, {}}, cluster.now());
   EXPECT_FALSE(cluster.watch().have_answered());
+  EXPECT_THAT(cluster.watch().unanswered(), ElementsAre(1, 3));
   cluster.watch().ended(3, cluster.now());
+  EXPECT_THAT(cluster.watch().unanswered(), ElementsAre(1));
   const auto loss = cluster.watch().loss(cluster.now());
   ASSERT_TRUE(loss);
   EXPECT_THAT(loss->lost_hosts, ElementsAre("n1"));

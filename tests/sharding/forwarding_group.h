@@ -40,7 +40,7 @@ class ForwardingGroup : public ProcessGroup {
     return inner_.recv(std::move(tensor), from, tag, timeout);
   }
   void barrier(Milliseconds timeout) override { inner_.barrier(timeout); }
-  std::unique_ptr<ProcessGroup> split(int color, int key, const std::string& name) override {
+  std::unique_ptr<ProcessGroup> make_part(int color, int key, const std::string& name) override {
     return inner_.split(color, key, name);
   }
   void close() override { inner_.close(); }

@@ -82,8 +82,8 @@ class SlowGroup : public ForwardingGroup {
     const int64_t bytes = bytes_of(tensor);
     return slowed(ForwardingGroup::recv(std::move(tensor), from, tag, timeout), bytes);
   }
-  std::unique_ptr<ProcessGroup> split(int color, int key, const std::string& name) override {
-    return std::unique_ptr<ProcessGroup>(new SlowGroup(ForwardingGroup::split(color, key, name), link_));
+  std::unique_ptr<ProcessGroup> make_part(int color, int key, const std::string& name) override {
+    return std::unique_ptr<ProcessGroup>(new SlowGroup(ForwardingGroup::make_part(color, key, name), link_));
   }
 
  private:

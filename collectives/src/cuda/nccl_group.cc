@@ -229,16 +229,14 @@ class NcclGroup : public ProcessGroup {
     reduce_all("barrier", at::zeros({1}, at::kInt), ReduceOp::kSum, timeout).wait();
   }
 
-  std::unique_ptr<ProcessGroup> split(int color, int key, const std::string& name) override {
+  std::unique_ptr<ProcessGroup> make_part(int color, int key, const std::string& name) override {
     LOCKSTEP_CHECK(color >= 0) << "color " << color << " of group " << name << " must not be negative";
     flush();
     const DeviceGuard guard(device_);
     const Task task{where() + "splitting " + this->name() + " into " + name, timeout_};
     auto part = comm_->split(color, key, name, task);
     const NcclWorld world{part->rank(task), part->size(task), device_, timeout_, nullptr};
-    auto group = std::make_unique<NcclGroup>(std::move(part), world, torch_, watch_interval_);
-    group->set_control_timeout(control_timeout());
-    return group;
+    return std::make_unique<NcclGroup>(std::move(part), world, torch_, watch_interval_);
   }
 
   void close() override {

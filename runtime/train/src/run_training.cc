@@ -1,7 +1,4 @@
-#include <iostream>
-
 #include <lockstep/base/error.h>
-#include <lockstep/base/launch_records.h>
 #include <lockstep/base/log.h>
 #include <lockstep/base/process.h>
 #include <lockstep/train/flags.h>
@@ -16,13 +13,8 @@ int run_training(int argc, char** argv, const char* usage, const char* own_file,
     parse_flags(argc, argv, usage, own_file);
     options = options_from_flags();
     if (options.runtime.device == "auto") options.runtime.device = "cpu";  // where the step's kernels are so far
-  } catch (const Error& error) {  // before MPI is up: every rank finds the same, one says it
-    const int code = static_cast<int>(error.exit_code());
-    if (rank_info_from_environment(process_environment()).rank == 0) {
-      LaunchRecords::from_environment(process_environment()).say_failed(0, code, error.what());
-      std::cerr << argv[0] << ": " << error.what() << "\n";
-    }
-    return code;
+  } catch (const Error& error) {
+    return report_before_run(error);
   }
   if (!options.core_dumps) forbid_core_dumps();
   return run_rank(options.runtime, [&](Runtime& runtime) {

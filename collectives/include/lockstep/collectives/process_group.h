@@ -120,7 +120,7 @@ class ProcessGroup {
   virtual flight::Ring* flight_ring() const { return nullptr; }
 
   /// Ranks with equal `color` form a group, ordered by `key`, then rank. Collective over this group.
-  virtual std::unique_ptr<ProcessGroup> split(int color, int key, const std::string& name) = 0;
+  std::unique_ptr<ProcessGroup> split(int color, int key, const std::string& name);
 
   /// Orderly end, collective. After abort() or an error it only frees local resources.
   virtual void close() = 0;
@@ -128,6 +128,8 @@ class ProcessGroup {
   virtual void abort() noexcept = 0;
 
  private:
+  virtual std::unique_ptr<ProcessGroup> make_part(int color, int key, const std::string& name) = 0;  // split()
+
   Milliseconds control_timeout_ = kDefaultTimeout;
 };
 

@@ -4,6 +4,7 @@
 #include <memory>
 #include <string>
 
+#include <lockstep/base/error.h>
 #include <lockstep/base/rank_info.h>
 #include <lockstep/collectives/process_group.h>
 
@@ -39,11 +40,15 @@ class Runtime {
 /// The body of every main(): starts MPI (or not, when alone), logging and the back end, runs `body`, and ends so that
 /// no rank dies alone: any exception logs one ERROR, aborts communicators and calls MPI_Abort with the error's exit
 /// code. Only the healthy path finalizes MPI. Installs SIGUSR1/SIGTERM handlers first thing (see stop_requested) and
-/// sets the umask to 077. Call
-/// after flags are parsed; a ConfigError thrown by `body` on every rank is logged once, by rank 0. Preempted, which all
-/// ranks throw alike, is no failure: it ends like the healthy path, with its own exit code.
+/// sets the umask to 077. Call after flags are parsed; a ConfigError thrown by `body` on every rank is logged once, by
+/// rank 0. Preempted, which all ranks throw alike, is no failure: it ends like the healthy path, with its own exit
+/// code.
 /// @return the process's exit code.
 int run_rank(const RuntimeOptions& options, const std::function<int(Runtime&)>& body);
+
+/// For a mistake found before run_rank(), in flags mostly: says it on standard error, once for the job where every rank
+/// makes it. @return the process's exit code.
+int report_before_run(const Error& error);
 
 /// True once SIGUSR1 or SIGTERM arrived. Async-signal-safe to set, cheap to read.
 bool stop_requested() noexcept;
