@@ -6,10 +6,6 @@
 namespace lockstep {
 namespace {
 
-constexpr int64_t kAlignment = 16;  // floats: one cache line, so that parameters never share one
-
-int64_t aligned(int64_t numel) { return (numel + kAlignment - 1) / kAlignment * kAlignment; }
-
 int64_t numel_of(const std::vector<int64_t>& shape) {
   int64_t numel = 1;
   for (const int64_t size : shape) numel *= size;
@@ -24,6 +20,11 @@ struct Rows {
 };
 
 }  // namespace
+
+int64_t cache_aligned(int64_t numel) {
+  constexpr int64_t kFloatsInALine = 16;
+  return (numel + kFloatsInALine - 1) / kFloatsInALine * kFloatsInALine;
+}
 
 RowRange row_range(int64_t rows, int rank, int size) {
   const int64_t each = rows / size, more = rows % size;
@@ -56,7 +57,7 @@ BucketLayout::BucketLayout(const std::vector<std::vector<int64_t>>& shapes, int 
     for (size_t i = 0; i < shapes.size(); ++i) {
       offsets_[i][shard] = shard_numels_[shard];
       const Rows rows(shapes[i]);
-      shard_numels_[shard] += aligned(row_range(rows.count, shard, num_shards).count * rows.numel);
+      shard_numels_[shard] += cache_aligned(row_range(rows.count, shard, num_shards).count * rows.numel);
     }
   }
   for (int replica = 0; replica < num_replicas; ++replica) {

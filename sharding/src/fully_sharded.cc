@@ -8,6 +8,7 @@
 #include <lockstep/base/error.h>
 #include <lockstep/base/planted_bug.h>
 #include <lockstep/nn/cpu_allocator.h>
+#include <lockstep/sharding/bucket_layout.h>
 #include <lockstep/sharding/fully_sharded.h>
 #include <lockstep/sharding/parameter_gather.h>
 
@@ -15,7 +16,6 @@ namespace lockstep {
 namespace {
 
 constexpr int kMaxAlive = 2;
-constexpr int64_t kAlignment = 16;  // floats
 
 }  // namespace
 
@@ -28,7 +28,7 @@ struct FullySharded::State {
     std::vector<int64_t> offsets;
     for (const at::Tensor& parameter : unit.parameters) {
       offsets.push_back(numel);
-      numel += (parameter.numel() + kAlignment - 1) / kAlignment * kAlignment;
+      numel += cache_aligned(parameter.numel());
     }
     const auto options = unit.parameters[0].options().requires_grad(false);
     {

@@ -108,9 +108,9 @@ TEST_P(PipelineRunnerTest, EvaluationGivesTheLastStageEveryOutputWhateverItsShap
 }
 
 // Counts what is sent.
-class CountingGroup : public test::ForwardingGroup {
+class SendCountingGroup : public test::ForwardingGroup {
  public:
-  explicit CountingGroup(ProcessGroup& inner) : ForwardingGroup(inner) {}
+  explicit SendCountingGroup(ProcessGroup& inner) : ForwardingGroup(inner) {}
   Work send(at::Tensor tensor, int to, int tag, Milliseconds timeout) override {
     sent_bytes += static_cast<int64_t>(tensor.nbytes());
     ++num_sent;
@@ -131,7 +131,7 @@ TEST(PipelineRunnerFrozenTest, NoGradientGoesBackToWhereNothingIsTrainable) {
     };
     const Record whole = test::run_uncut(make, 4);
     run_local_ranks(3, [&](ProcessGroup& inner) {
-      CountingGroup pipeline(inner);
+      SendCountingGroup pipeline(inner);
       expect_same(test::run_cut(pipeline, make, schedule), whole, name_of(schedule));
       // A header and a body a micro-batch: two activations go on, one gradient comes back.
       if (chunks == 1) {

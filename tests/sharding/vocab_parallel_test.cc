@@ -143,7 +143,7 @@ TEST_P(VocabParallelTest, HugeLogitsNeitherOverflowNorHideNans) {
                   [&](ProcessGroup& group) { EXPECT_TRUE(parallel(p, {&group}).loss.isnan().item<bool>()); });
 }
 
-class CountingGroup : public test::ForwardingGroup {
+class GatherCountingGroup : public test::ForwardingGroup {
  public:
   using ForwardingGroup::ForwardingGroup;
   Work all_gather(at::Tensor output, at::Tensor input, Milliseconds timeout) override {
@@ -158,7 +158,7 @@ class CountingGroup : public test::ForwardingGroup {
 TEST(VocabParallelTrafficTest, ThreeNumbersARowTravelOnceForMegabytesOfLogits) {
   const Problem p = problem(2, 204, 16, 49'933, 0.3);
   run_local_ranks(2, [&](ProcessGroup& group) {
-    CountingGroup counting(group);
+    GatherCountingGroup counting(group);
     const torch::NoGradGuard no_grad;
     const TensorParallel tp{&counting};
     const Part rows = even_parts(49'933, 2)[group.rank()];

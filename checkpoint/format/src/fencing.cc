@@ -18,7 +18,7 @@
 namespace lockstep::format {
 namespace {
 
-using Json = nlohmann::json;
+using Json = nlohmann::ordered_json;
 
 constexpr uint64_t kMaxOwnerBytes = 1 << 16;
 constexpr size_t kMaxEpochDigits = 18;

@@ -18,10 +18,6 @@ using torch::autograd::variable_list;
 
 constexpr int64_t kLogitBytes = 2 << 20;  // logits of one chunk of rows: the second-level cache
 
-bool has_kernel(const at::Tensor& x) {
-  return x.is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);
-}
-
 // Calls body(T()) with the kernels' element type of a tensor.
 template <typename Body>
 auto with_type(const at::Tensor& tensor, Body body) {

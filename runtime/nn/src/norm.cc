@@ -66,10 +66,6 @@ struct Norm : Function<Norm> {
   }
 };
 
-bool has_kernel(const at::Tensor& x) {
-  return x.is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);
-}
-
 // The kernels read it by address.
 void check_scale(const char* what, const at::Tensor& scale, const at::Tensor& x) {
   LOCKSTEP_CHECK(x.dim() > 0 && x.size(-1) > 0) << "norm over an empty last dim of " << x.sizes();

@@ -20,6 +20,9 @@ RowRange row_range(int64_t rows, int rank, int size);
 at::Tensor shard_of(const at::Tensor& whole, int rank, int size);
 std::vector<int64_t> shard_shape(const std::vector<int64_t>& shape, int rank, int size);
 
+/// The f32 elements that a tensor of `numel` takes in flat memory so that no two share a cache line.
+int64_t cache_aligned(int64_t numel);
+
 /// How a bucket's parameters lie in flat memory, and which piece of it belongs to which rank.
 ///
 /// The data-parallel ranks form `num_replicas` replicas of `num_shards` ranks each, neighbours sharing a replica: rank
