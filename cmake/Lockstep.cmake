@@ -36,7 +36,7 @@ endfunction()
 
 # Several sources to a compile, but for those with options of their own and in the dev preset. `make lint` looks at each alone.
 function(lockstep_compile_together target)
-  set_target_properties(${target} PROPERTIES UNITY_BUILD ${LOCKSTEP_UNITY} UNITY_BUILD_BATCH_SIZE 4)
+  set_target_properties(${target} PROPERTIES UNITY_BUILD ${LOCKSTEP_UNITY} UNITY_BUILD_BATCH_SIZE 8)
   target_compile_options(${target} PRIVATE $<$<CXX_COMPILER_ID:GNU>:-Wno-subobject-linkage>)  # meant for headers; takes an included source for one
 endfunction()
 
@@ -112,7 +112,7 @@ function(lockstep_add_test name)
   target_compile_definitions(${target} PRIVATE "LOCKSTEP_SOURCE_DIR=\"${PROJECT_SOURCE_DIR}\"" "LOCKSTEP_BINARY_DIR=\"${PROJECT_BINARY_DIR}\"")
   if(arg_TORCH_PCH)
     lockstep_use_torch_pch(${target})
-    target_compile_options(${target} PRIVATE -O1)  # what the precompiled header allows
+    target_compile_options(${target} PRIVATE $<$<CONFIG:Release>:-O1>)  # what the precompiled header allows
   else()
     if(arg_TENSOR_PCH)
       lockstep_use_pch(${target} tensor_gtest)

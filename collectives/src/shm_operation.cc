@@ -140,11 +140,11 @@ void ShmOperation::wait_a_little(int64_t idle) {
   if (idle % 16 != 0) return;
   const auto now = std::chrono::steady_clock::now();
   if (now > deadline_) time_out();
-  if (idle < channel_->num_spins + 16) {
+  if (idle <= channel_->num_spins + 16) {  // the first look at the clock
     idle_since_ = now;
   } else if (now - idle_since_ > std::chrono::seconds(1)) {
-    std::this_thread::sleep_for(
-        std::chrono::milliseconds(1));  // who comes this late is in no hurry; others want the core
+    // Who comes this late is in no hurry; others want the core.
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
 }
 

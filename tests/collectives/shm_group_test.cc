@@ -2,6 +2,8 @@
 #include <functional>
 #include <string>
 
+#include <sys/resource.h>
+
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
@@ -55,6 +57,21 @@ TEST(ShmGroupTest, MoreMayBeInFlightThanThereAreSlots) {
         << "operation " << i;
   }
   works.clear();
+  world->close();
+}
+
+// Even where the ranks have no core each.
+TEST(ShmGroupTest, WhoWaitsForLessThanASecondDoesNotSleep) {
+  const auto world = make_shm_group(make_mpi_world());
+  const auto times_asleep = [] {
+    rusage usage{};
+    ::getrusage(RUSAGE_THREAD, &usage);
+    return usage.ru_nvcsw;  // those of sched_yield() are not voluntary
+  };
+  const at::Tensor one = at::full({1}, 1, kFloats);
+  const auto before = times_asleep();
+  for (int i = 0; i < 500; ++i) world->all_reduce(one).wait();
+  EXPECT_LT(times_asleep() - before, 100);
   world->close();
 }
 
