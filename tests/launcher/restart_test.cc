@@ -228,9 +228,15 @@ class HostsTest : public testing::Test {
  protected:
   // Runs commands for "other hosts" here; those named in FOLDER/gone do not answer.
   HostsTest() {
-    std::ofstream(agent()) << "#!/bin/sh\nhost=$1; shift\ngrep -qx \"$host\" '" << folder_.path()
-                           << "/gone' 2>/dev/null && exit 255\nexec /bin/sh -c \"$*\"\n";
+    write_agent("grep -qx \"$host\" '" + folder_.path() + "/gone' 2>/dev/null && exit 255");
     ::chmod(agent().c_str(), 0700);
+  }
+  // `deed` comes before what is to run on $host. Each host has a place for temporary files of its own: Open MPI's
+  // daemons make folders there, and two that make one at the same moment fail.
+  void write_agent(const std::string& deed) const {
+    std::ofstream(agent()) << "#!/bin/sh\nhost=$1; shift\nexport TMPDIR='" << folder_.path() << "'/tmp.$host\n"
+                           << "mkdir -p \"$TMPDIR\"\n"
+                           << deed << "\nexec /bin/sh -c \"$*\"\n";
   }
   std::string agent() const { return folder_ / "agent"; }
   void lose(const std::string& host) const { std::ofstream(folder_ / "gone", std::ios::app) << host << "\n"; }
@@ -275,9 +281,9 @@ TEST_F(HostsTest, WithFewerHostsItRunsInTheLargestWorldThatTheProgramAccepts) {
 
 // Of a host with an older lockstep, or none, nothing is known.
 TEST_F(HostsTest, WhatAHostLacksIsToldWhenItIsUsedForTheFirstTime) {
-  std::ofstream(agent())
-      << "#!/bin/sh\nhost=$1; shift\ncase $host in b) ulimit -n 512;; c) set -- \"$(printf %s \"$*\" | "
-         "sed 's,bin/lockstep,bin/no-lockstep,')\";; esac\nexec /bin/sh -c \"$*\"\n";
+  write_agent(
+      "case $host in b) ulimit -n 512;; "
+      "c) set -- \"$(printf %s \"$*\" | sed 's,bin/lockstep,bin/no-lockstep,')\";; esac");
   const Ended ended = start({"-n", "3", "--restarts", "1", "--hosts", "a:1,b:1,c:1"},
                             {"recover", folder_.path(), "0", "1", "--run_dir=" + folder_.path()});
   EXPECT_EQ(ended.code, 0) << ended.err;
