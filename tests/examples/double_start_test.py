@@ -2,7 +2,7 @@
 of them is stopped for a while (SIGSTOP). One line of steps comes out of it, with the bits of an undisturbed run: whoever is not its owner ends
 with 73, and no file holds anything of two of them.
 
-20 cases, 500 with LOCKSTEP_DEEP. And a quarter as many bursts: five at the very same moment on one folder, new or used, so that they meet before any of them trains."""
+20 cases, 500 with LOCKSTEP_DEEP. And a tenth as many bursts: five at the very same moment on one folder, new or used, so that they meet before any of them trains."""
 
 import concurrent.futures
 import json
@@ -154,7 +154,7 @@ def main():
         expected = runs.losses(folder / "alone"), runs.digests(bin_dir, folder / "alone")
 
         tiny = [f"--train_data={folder / 'train.bin'}", *FLAGS, "--steps=4", "--checkpoint_interval_steps=1", "--warmup_steps=1", "--layers=1", "--width=24"]
-        for number in range(cases // 4):
+        for number in range(cases // 10):
             burst(bin_dir, folder / f"burst-{number}", tiny, number % 2 == 1)
 
         def try_case(number):
