@@ -52,6 +52,7 @@ ALL_REDUCE_PEERS = {
 
 
 def run(command, **environment):
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else Python compiles its torch anew at every start
     result = subprocess.run([str(word) for word in command], env={**os.environ, **environment}, capture_output=True, text=True)
     if result.returncode != 0:
         sys.exit(f"{' '.join(map(str, command))} ended with {result.returncode}:\n{result.stderr[-3000:]}")
@@ -119,6 +120,7 @@ class StartRow:
     def prepare(self, folder):
         self.folder = folder
         self.ours()
+        self.peer()
 
     def ours(self):
         run_dir = self.folder / "run"
