@@ -24,11 +24,11 @@ namespace {
 // answer, and none where peers need this core to answer at all.
 constexpr int kSpinsWithACoreEach = 2000;
 
-int spins_for(int ranks) {
+bool has_a_core_each(int ranks) {
   cpu_set_t cores;
   CPU_ZERO(&cores);
-  if (sched_getaffinity(0, sizeof(cores), &cores) != 0) return 0;
-  return ranks <= CPU_COUNT(&cores) ? kSpinsWithACoreEach : 0;
+  if (sched_getaffinity(0, sizeof(cores), &cores) != 0) return false;
+  return ranks <= CPU_COUNT(&cores);
 }
 
 template <typename T>
@@ -159,7 +159,9 @@ std::shared_ptr<ShmChannel> make_shm_channel(std::shared_ptr<ShmMemory> memory, 
     channel->mail.push_back(reinterpret_cast<ShmMailbox*>(memory->at(static_cast<int>(place.arena), place.mailbox)));
   }
   channel->plan = FoldPlan::of_leaves(channel->size);
-  channel->num_spins = spins_for(memory->size());
+  const bool has_core = has_a_core_each(memory->size());
+  channel->num_spins = has_core ? kSpinsWithACoreEach : 0;
+  channel->awake = has_core ? Milliseconds(1'000) : Milliseconds(100);
   channel->memory = std::move(memory);
   return channel;
 }

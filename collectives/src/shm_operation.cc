@@ -142,7 +142,7 @@ void ShmOperation::wait_a_little(int64_t idle) {
   if (now > deadline_) time_out();
   if (idle <= channel_->num_spins + 16) {  // the first look at the clock
     idle_since_ = now;
-  } else if (now - idle_since_ > std::chrono::seconds(1)) {
+  } else if (now - idle_since_ > channel_->awake) {
     // Who comes this late is in no hurry; others want the core.
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }

@@ -69,6 +69,7 @@ struct ShmChannel {
   ShmMemory::Block mailbox;                // this rank's
   FoldPlan plan = FoldPlan::of_leaves(1);  // of one term a rank
   int num_spins = 0;                       // before a wait yields its core
+  Milliseconds awake{0};                   // before it sleeps between two looks
   std::atomic<bool> is_broken{false};
 
   // Under the memory's progress mutex:
