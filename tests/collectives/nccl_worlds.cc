@@ -57,7 +57,7 @@ class ThroughDevice : public test::ForwardingGroup {
     return brings_back(ForwardingGroup::recv(there, from, tag, timeout), tensor, there);
   }
   std::unique_ptr<ProcessGroup> make_part(int color, int key, const std::string& name) override {
-    return std::unique_ptr<ProcessGroup>(new ThroughDevice(ForwardingGroup::split(color, key, name)));
+    return std::unique_ptr<ProcessGroup>(new ThroughDevice(ForwardingGroup::make_part(color, key, name)));
   }
 
  private:

@@ -50,10 +50,10 @@ std::string variable(const char* name, const char* otherwise) {
 int main(int argc, char** argv) {
   const std::string deed = argv[1], folder = argv[2];
   const int who = argc > 3 ? std::atoi(argv[3]) : -1;
-  const int me = rank_info_from_environment(process_environment()).rank;
-  if (deed == "flags" && (who == -1 || who == me)) {
+  if (deed == "flags") {
+    const int me = rank_info_from_environment(process_environment()).rank;
     if (me == 0) std::this_thread::sleep_for(std::chrono::milliseconds(500));
-    return report_before_run(ConfigError("a flag is wrong"));
+    if (who == -1 || who == me) return report_before_run(ConfigError("a flag is wrong"));
   }
   return run_rank({.device = variable("DEVICE", "auto"), .backend = variable("BACKEND", "auto")},
                   [&](Runtime& runtime) {
