@@ -149,15 +149,18 @@ bool NodeWatch::is_suspicious(Clock::time_point now) const {
                                    [&](const State& node) { return is_silent(node, timeout() - kAskAgain, now); });
 }
 
+bool NodeWatch::owes_answer(const State& node) const {
+  return node.was_heard && !node.has_ended && node.answered < asked_;
+}
+
 bool NodeWatch::have_answered() const {
-  return std::all_of(asked_nodes_.begin(), asked_nodes_.end(),
-                     [&](size_t node) { return nodes_[node].answered >= asked_ || nodes_[node].has_ended; });
+  return std::none_of(asked_nodes_.begin(), asked_nodes_.end(), [&](size_t node) { return owes_answer(nodes_[node]); });
 }
 
 std::vector<size_t> NodeWatch::unanswered() const {
   std::vector<size_t> nodes;
   for (size_t i = 0; i < nodes_.size(); ++i) {
-    if (nodes_[i].was_heard && !nodes_[i].has_ended && nodes_[i].answered < asked_) nodes.push_back(i);
+    if (owes_answer(nodes_[i])) nodes.push_back(i);
   }
   return nodes;
 }

@@ -79,6 +79,7 @@ class NodeWatch {
   enum class Phase { kCalm, kAsked, kAskedForStacks };
 
   std::chrono::milliseconds timeout() const;
+  bool owes_answer(const State& node) const;
   bool is_silent(const State& node, std::chrono::milliseconds limit, Clock::time_point now) const;
   void forgive_pause(Clock::time_point now);
   bool find_lost(Clock::time_point now);
